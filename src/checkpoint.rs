@@ -1,0 +1,3 @@
+//! Checkpoints.
+/// x
+pub struct Checkpoint;

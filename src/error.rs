@@ -1,0 +1,109 @@
+//! What can go wrong, each with what was found, what was expected and what to change.
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+
+/// A backend lacks a part of the spec. Given when a plan is made, never later.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{backend} does not support {field} = {value}: {because}")]
+pub struct Unsupported {
+    /// Who refuses: a backend, a model family, or the tool.
+    pub backend: Cow<'static, str>,
+    /// Path of the field in [`MoeSpec`](crate::MoeSpec) or in `config.json`.
+    pub field: Cow<'static, str>,
+    /// The value that is not supported.
+    pub value: String,
+    /// What is missing.
+    pub because: Cow<'static, str>,
+}
+
+/// Every failure of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The spec is legal but this backend lacks a part of it.
+    #[error(transparent)]
+    Unsupported(#[from] Unsupported),
+    /// A value breaks a rule of the spec, of a file format or of a call.
+    #[error("{field}: found {found}, expected {expected}; {remedy}")]
+    Invalid {
+        /// The field, key, tensor or argument.
+        field: Cow<'static, str>,
+        /// What is there.
+        found: String,
+        /// What has to be there.
+        expected: String,
+        /// What to change.
+        remedy: Cow<'static, str>,
+    },
+    /// A tensor that the layer needs is in none of the shards that are present.
+    #[error("tensor {name}: found none in {searched}, expected one; {remedy}")]
+    MissingTensor {
+        /// Name, or the alternatives that were tried.
+        name: String,
+        /// Where it was looked for.
+        searched: String,
+        /// What to change.
+        remedy: Cow<'static, str>,
+    },
+    /// A file could not be read.
+    #[error("{}: cannot be read ({source}); check the path and its permissions", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A file is not the safetensors file it claims to be.
+    #[error("{}: found a damaged safetensors file ({source}), expected a header that describes exactly the bytes behind it; download or convert the file again", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// The parser's reason.
+        source: safetensors::SafeTensorError,
+    },
+    /// A file is not the JSON it should be.
+    #[error("{}: found malformed JSON ({source}), expected one JSON object; repair or download the file again", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The parser's reason.
+        source: serde_json::Error,
+    },
+    /// The device's API refused one of our calls.
+    #[error("{backend}: {operation} failed: {reason}")]
+    Device {
+        /// The backend.
+        backend: &'static str,
+        /// What we asked for.
+        operation: String,
+        /// The API's answer.
+        reason: String,
+    },
+    /// The device is gone; every plan, scratch and bound object made on it is useless.
+    #[error("{backend}: the device was lost; make a new device and plan again")]
+    DeviceLost {
+        /// The backend.
+        backend: &'static str,
+    },
+}
+
+/// Shorthand for a result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A broken rule, in the four parts that every message has.
+    pub fn invalid(
+        field: impl Into<Cow<'static, str>>,
+        found: impl std::fmt::Display,
+        expected: impl std::fmt::Display,
+        remedy: impl Into<Cow<'static, str>>,
+    ) -> Self {
+        Self::Invalid {
+            field: field.into(),
+            found: found.to_string(),
+            expected: expected.to_string(),
+            remedy: remedy.into(),
+        }
+    }
+}

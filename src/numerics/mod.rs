@@ -1,0 +1,11 @@
+//! The meaning of one scalar or one code, shared by the reference and the kernels' twins.
+
+mod activate;
+mod float;
+mod fp8;
+mod score;
+
+pub use activate::activate;
+pub use float::{decode_bf16, decode_f16, round_to};
+pub use fp8::{decode_e4m3, decode_e8m0};
+pub use score::{denominator, order_key, sigmoid, softplus, sqrt_softplus};

@@ -1,0 +1,1055 @@
+//! What a Mixture-of-Experts layer computes: pure data in the field's own terms.
+//!
+//! No type here has a default and "off" is `None`: whoever writes a [`MoeSpec`] names every field,
+//! and every consumer destructures it with every field named, so a new field does not compile
+//! until each consumer says what it does with it.
+//!
+//! Notation of the docs: T tokens, E experts, k = `top_k`, H = `hidden_size`, I = `intermediate_size`,
+//! x one row of hidden states, l logits, s scores, w routing weights.
+
+use crate::error::{Error, Result};
+
+/// One Mixture-of-Experts layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MoeSpec {
+    /// H: width of the rows that enter and leave the layer.
+    pub hidden_size: usize,
+    /// E: routed experts that have weights. Zero experts are counted in [`Routing::zero_experts`].
+    pub num_experts: usize,
+    /// k: experts chosen per token.
+    pub top_k: usize,
+    /// Where the logits come from.
+    pub router: Router,
+    /// How ids and weights come from the logits.
+    pub routing: Routing,
+    /// The routed experts.
+    pub experts: ExpertMlp,
+    /// An MLP that every token passes, added to the routed sum.
+    pub shared: Option<SharedExperts>,
+    /// Projections around the routed experts, which then work at a smaller width.
+    pub latent: Option<Latent>,
+    /// Low-rank adapters on the routed experts.
+    pub lora: Option<Lora>,
+    /// What the experts read.
+    pub expert_input: ExpertInput,
+    /// A bias [H] on the routed sum (JetMoE).
+    pub output_bias: bool,
+    /// Which experts this device holds.
+    pub placement: Placement,
+    /// Which part of the intermediate size this device holds.
+    pub shard: TensorShard,
+    /// How rows enter the experts.
+    pub entry: Entry,
+    /// Types at the boundary and the roundings inside.
+    pub precision: Precision,
+}
+
+/// Where the router's logits [T, E + zero experts] come from.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Router {
+    /// `l = W x (+ bias)`, W [outputs, H].
+    Linear {
+        /// What is done to x first.
+        input: RouterInput,
+        /// Type of W in the checkpoint.
+        format: WeightFormat,
+        /// A bias [outputs] inside the logits (gpt-oss). Not the selection bias.
+        bias: bool,
+        /// What is done to the logits before the score.
+        transform: LogitTransform,
+    },
+    /// Zaya: down-projection with state from the previous MoE layer, norm, two erf-GELU layers, output.
+    Mlp {
+        /// Width of the router's state.
+        state_size: usize,
+        /// Epsilon of its RMS norm.
+        rms_norm_eps: f32,
+    },
+    /// The caller gives f32 logits.
+    Given {
+        /// What is done to the logits before the score.
+        transform: LogitTransform,
+    },
+}
+
+/// What the router does to its input row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RouterInput {
+    /// Nothing.
+    Hidden,
+    /// Gemma-4: `rms_norm(x) * scale_vec * H^-0.5`, norm without weight.
+    RmsNormScaled {
+        /// Epsilon of the norm.
+        eps: f32,
+    },
+}
+
+/// What is done to a logit before its score.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum LogitTransform {
+    /// Nothing.
+    None,
+    /// `cap * tanh(l / cap)` (Laguna).
+    SoftCap {
+        /// The cap.
+        cap: f32,
+    },
+    /// `l * factor` (Muse-Spark).
+    Multiply {
+        /// The factor.
+        factor: f32,
+    },
+}
+
+/// How ids and weights come from logits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Routing {
+    /// Score and selection.
+    pub method: RoutingMethod,
+    /// `w /= D(sum w)` over the k chosen, in slot order. `None`: not renormalised.
+    pub renormalize: Option<Denominator>,
+    /// rho: multiplies the routed part once. Never touches the shared expert.
+    pub routed_scaling_factor: f32,
+    /// `false`: rho is in the weights. `true`: rho multiplies the routed sum and the weights lack it.
+    pub apply_routed_scale_to_output: bool,
+    /// `w *= per_expert_scale[id]` after renormalisation (Gemma-4).
+    pub per_expert_scale: bool,
+    /// Where w acts.
+    pub weight_position: WeightPosition,
+    /// Router outputs beyond E that have no weights.
+    pub zero_experts: Option<ZeroExperts>,
+    /// What a score that is NaN or infinite does.
+    pub nan_policy: NanPolicy,
+}
+
+/// Score and selection of k experts. Ties go to the lowest id; a chosen expert is removed by id.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RoutingMethod {
+    /// Score all, select the k largest keys, gather w = s[id] (never key - bias).
+    TopK {
+        /// s from l.
+        score: Score,
+        /// What is compared.
+        key: SelectionKey,
+        /// Restrict the selection to the best groups.
+        groups: Option<Groups>,
+    },
+    /// Select the k largest logits, then score only those (gpt-oss, Granite, JetMoE, Cohere2).
+    TopKThenScore {
+        /// Score of the chosen logits.
+        score: ChosenScore,
+    },
+    /// `ids = tid2eid[token_id]` (DeepSeek-V4's first layers); w = s[id]. Rows may repeat an id.
+    Hash {
+        /// s from l.
+        score: Score,
+        /// Rows of `tid2eid`.
+        vocab_size: usize,
+    },
+    /// Inkling: sigmoid + bias selects; weights are normalised over the chosen and the shared logits.
+    JointNorm {
+        /// Shared experts, whose logits stand last.
+        num_shared: usize,
+        /// Learned factor on all weights.
+        global_scale: bool,
+    },
+    /// Phi-MoE: two rounds of argmax, each with a softmax over the near-maximal logits.
+    Sparsemixer {
+        /// `router_jitter_noise`: relative width of "near-maximal" is twice this.
+        router_jitter_noise: f32,
+    },
+}
+
+/// s from l over all router outputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Score {
+    /// `exp(l - max l) / sum exp(l - max l)`.
+    Softmax,
+    /// `1 / (1 + exp(-l))`.
+    Sigmoid,
+    /// `sqrt(log(1 + exp l))`, with `softplus(l) = l` above 20 (DeepSeek-V4).
+    SqrtSoftplus,
+    /// `l`.
+    Identity,
+}
+
+/// Score of the k chosen logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChosenScore {
+    /// Softmax over the k chosen.
+    Softmax,
+    /// Sigmoid of each.
+    Sigmoid,
+}
+
+/// What selection compares. The bias [outputs] is f32 from checkpoint to addition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SelectionKey {
+    /// s.
+    Score,
+    /// s + `e_score_correction_bias` (DeepSeek-V3 and its kin).
+    ScorePlusBias,
+    /// l + bias (Kolibri1).
+    LogitPlusBias,
+}
+
+/// Contiguous groups of E / `n_group` experts; only the best `topk_group` may be selected from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Groups {
+    /// Number of groups. Divides E.
+    pub n_group: usize,
+    /// Groups kept.
+    pub topk_group: usize,
+    /// How a group is judged.
+    pub score: GroupScore,
+}
+
+/// How a group is judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupScore {
+    /// Sum of its two largest keys, bias included (DeepSeek-V3).
+    Top2SumOfKey,
+    /// Its largest s (DeepSeek-V2).
+    MaxOfScore,
+    /// Sum of its two largest s, without bias (Mistral-4).
+    Top2SumOfScore,
+}
+
+/// D of `w /= D(sum w)`. A sum of 0 gives weights 0, never 0/0.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Denominator {
+    /// `sum`.
+    Sum,
+    /// `sum + eps`, in f32 (1e-20 for the sigmoid family).
+    SumPlus {
+        /// eps.
+        eps: f32,
+    },
+    /// `max(sum, floor)`.
+    AtLeast {
+        /// floor.
+        floor: f32,
+    },
+    /// `sum > 0 ? sum : 1`.
+    SumOrOne,
+    /// `(sum w^p)^(1/p)` (DBRX).
+    PNorm {
+        /// p.
+        p: f32,
+    },
+}
+
+/// Where a routing weight acts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightPosition {
+    /// On the expert's output, in the weighted sum.
+    Output,
+    /// On x before the first GEMM and before its quantisation (Llama-4); the sum is then unweighted.
+    Input,
+    /// On the activation before the second GEMM and its quantisation (DeepSeek-V4's own code).
+    BeforeDown,
+}
+
+/// Router outputs E.. that have no weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ZeroExperts {
+    /// How many.
+    pub count: usize,
+    /// What they return.
+    pub kind: ZeroExpertKind,
+}
+
+/// What a zero expert returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ZeroExpertKind {
+    /// x (LongCat).
+    Identity,
+    /// Nothing (Zaya).
+    Skip,
+}
+
+/// What a non-finite score does. In both, ids are k distinct experts in range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NanPolicy {
+    /// It has the lowest key and w = 0.
+    Zero,
+    /// It has the lowest key and w = NaN.
+    Propagate,
+}
+
+/// One gated (or plain) MLP, or E of one shape.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpertMlp {
+    /// I: inner width.
+    pub intermediate_size: usize,
+    /// Between the two GEMMs.
+    pub activation: Activation,
+    /// How the checkpoint stores gate and up.
+    pub gate_up_layout: GateUpLayout,
+    /// How the checkpoint stores a matrix.
+    pub orientation: Orientation,
+    /// A bias on the gate and up rows.
+    pub gate_up_bias: bool,
+    /// A bias on the down rows, inside the weighted sum.
+    pub down_bias: bool,
+    /// Type of the matrices.
+    pub format: WeightFormat,
+    /// What is done to the rows that enter each GEMM.
+    pub activation_quant: ActivationQuant,
+}
+
+/// How an expert combines its gate and up projections, in f32, keeping NaN.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Activation {
+    /// `silu(gate) * up`. With `limit`, gate is first bounded above and `up` on both sides
+    /// (DeepSeek-V4). A clamp *after* silu is [`Activation::SwigluClampAfter`].
+    Swiglu {
+        /// L, finite and positive.
+        limit: Option<f32>,
+    },
+    /// `min(silu(gate), L) * clamp(up, -L, L)` (Step-3.5).
+    SwigluClampAfter {
+        /// L, finite and positive.
+        limit: f32,
+    },
+    /// `g sigma(alpha g) (u + beta)`, g and u clamped as in [`Activation::Swiglu`] (gpt-oss).
+    SwigluOai {
+        /// 1.702 in gpt-oss.
+        alpha: f32,
+        /// L, finite and positive.
+        limit: Option<f32>,
+        /// 1 in gpt-oss.
+        beta: f32,
+    },
+    /// `beta tanh(gate / beta) sigma(gate) * linear_beta tanh(up / linear_beta)` (Kimi K3).
+    Situ {
+        /// Bound of the gate.
+        beta: f32,
+        /// Bound of up.
+        linear_beta: f32,
+    },
+    /// `0.5 g (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3))) * up`.
+    GeluTanh,
+    /// `0.5 g (1 + erf(g / sqrt 2)) * up`.
+    GeluErf,
+    /// `max(v, 0)^2`, without gate: the first GEMM has I rows (Nemotron-H).
+    Relu2,
+}
+
+impl Activation {
+    /// Whether the first GEMM yields gate and up (2 I rows) or one value (I rows).
+    pub fn gated(&self) -> bool {
+        match self {
+            Self::Swiglu { limit: _ }
+            | Self::SwigluClampAfter { limit: _ }
+            | Self::SwigluOai { alpha: _, limit: _, beta: _ }
+            | Self::Situ { beta: _, linear_beta: _ }
+            | Self::GeluTanh
+            | Self::GeluErf => true,
+            Self::Relu2 => false,
+        }
+    }
+}
+
+/// How the checkpoint stores the gate and up rows of an expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GateUpLayout {
+    /// Two tensors. Also the value for activations without gate.
+    Separate,
+    /// One tensor, I gate rows, then I up rows.
+    Halves,
+    /// One tensor, gate rows even, up rows odd (gpt-oss).
+    Interleaved,
+}
+
+/// How the checkpoint stores a matrix that maps `in` to `out`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Orientation {
+    /// [out, in], as `torch.nn.Linear`.
+    OutIn,
+    /// [in, out] (gpt-oss in bf16, Llama-4, Qwen3-VL).
+    InOut,
+}
+
+/// Type of the stored weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// E4M3FN codes, `w[n, k] = code * scale[n / block[0], k / block[1]]`; partial edge blocks are legal.
+    Fp8Block {
+        /// [rows, columns] of a block.
+        block: [usize; 2],
+        /// Type of the stored scale.
+        scale: ScaleFormat,
+    },
+}
+
+/// Type of a stored block scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScaleFormat {
+    /// IEEE binary32.
+    F32,
+    /// Exponent byte b: 2^(b - 127), 255 = NaN.
+    E8m0,
+}
+
+/// What is done to the rows that enter an expert GEMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ActivationQuant {
+    /// Nothing: weight-only quantisation.
+    None,
+    /// E4M3 codes with one scale per token and group of `group` columns, found at run time.
+    DynamicFp8 {
+        /// Columns that share a scale.
+        group: usize,
+        /// Rule and type of the scale.
+        scale: ActivationScale,
+    },
+}
+
+/// Scale of dynamic activation quantisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ActivationScale {
+    /// `max(amax, 1e-10) / 448`.
+    F32,
+    /// That, rounded up to a power of two.
+    F32CeilPow2,
+    /// The same value stored as exponent bytes, four to a word.
+    Ue8m0Packed,
+}
+
+/// An MLP that every token passes. n shared experts of width I are one MLP of width n * I.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SharedExperts {
+    /// Its matrices and activation, clamp included: a field of its own, not the routed one.
+    pub mlp: ExpertMlp,
+    /// What multiplies its output.
+    pub gate: SharedGate,
+    /// How it joins the routed sum.
+    pub combination: SharedCombination,
+}
+
+/// What multiplies a shared expert's output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SharedGate {
+    /// Nothing.
+    None,
+    /// `sigmoid(x . shared_expert_gate)` (Qwen2-MoE).
+    Sigmoid {
+        /// Type of the gate's row [1, H].
+        format: WeightFormat,
+    },
+}
+
+/// How the shared expert joins the routed sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SharedCombination {
+    /// routed + shared.
+    Sum,
+    /// (routed + shared) / 2 (Cohere2).
+    Average,
+}
+
+/// Projections around the routed experts. Router and shared expert stay at H.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Latent {
+    /// Width at which the routed experts work.
+    pub size: usize,
+    /// Type of the projections.
+    pub format: WeightFormat,
+    /// Norms inside.
+    pub norm: LatentNorm,
+}
+
+/// Norms of a latent layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum LatentNorm {
+    /// None (Nemotron).
+    None,
+    /// On the reduced sum before the up-projection (Kimi K3).
+    Reduced {
+        /// Epsilon.
+        eps: f32,
+    },
+    /// Before the experts, and after each expert (Muse-Spark).
+    PreAndPost {
+        /// Epsilon of the first.
+        pre_eps: f32,
+        /// Epsilon of the second.
+        post_eps: f32,
+    },
+}
+
+/// Low-rank adapters: `G1 += B13 (A13 x)`, `G2 += w B2 (A2 h)`; alpha / r is folded into B.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lora {
+    /// Adapters loaded.
+    pub num_adapters: usize,
+    /// r.
+    pub rank: usize,
+    /// How the delta joins.
+    pub delta: LoraDelta,
+}
+
+/// How a LoRA delta joins the base value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoraDelta {
+    /// Added in f32.
+    F32,
+    /// Rounded to the model's type, then added in it.
+    Model,
+}
+
+/// What the experts read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExpertInput {
+    /// The rows that the router read.
+    Hidden,
+    /// A second input of the same shape (Gemma-4).
+    Separate,
+}
+
+/// Which experts this device holds. An expert that is elsewhere contributes 0.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Placement {
+    /// All.
+    All,
+    /// `first .. first + count`.
+    Range {
+        /// First expert here.
+        first: usize,
+        /// How many.
+        count: usize,
+    },
+    /// `slots[id]`: slot of expert id here, -1 if elsewhere.
+    Map {
+        /// One entry an expert.
+        slots: Vec<i32>,
+    },
+}
+
+/// Which part of the intermediate size this device holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TensorShard {
+    /// All of it.
+    Whole,
+    /// Columns `first .. first + size`; the down bias and the shared expert belong to one shard.
+    Part {
+        /// First column here.
+        first: usize,
+        /// How many.
+        size: usize,
+        /// Whether this shard adds the down bias.
+        owns_down_bias: bool,
+    },
+}
+
+/// How rows enter the experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// [T, H], permuted inside.
+    TokenMajor,
+    /// [experts here, capacity, H] and counts; rows beyond a count are undefined.
+    Batched {
+        /// Rows per expert.
+        capacity: usize,
+    },
+}
+
+/// A float type at the layer's boundary or of a rounding step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FloatType {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl FloatType {
+    /// Bytes of one value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// Types at the boundary and the roundings inside. All arithmetic is f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Precision {
+    /// Type of `hidden_states` [T, H]; widened exactly.
+    pub input: FloatType,
+    /// Type of the output [T, H]; one rounding at the end, overflow to infinity.
+    pub output: FloatType,
+    /// T: the type that [`Rounding::Model`] steps round to.
+    pub model: FloatType,
+    /// Logits.
+    pub router_gemm: Rounding,
+    /// Routing weights.
+    pub routing_weights: Rounding,
+    /// Gate and up before the activation.
+    pub gate_up: Rounding,
+    /// The activation's steps.
+    pub activation: ActivationRounding,
+    /// Expert outputs and their sum.
+    pub combine: CombineRounding,
+    /// Order of the weighted sum.
+    pub combine_order: CombineOrder,
+    /// How block scales meet the products.
+    pub block_scale: BlockScale,
+}
+
+/// Whether a value stays f32 or is rounded to the model's type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rounding {
+    /// Stays f32.
+    F32,
+    /// Rounded to nearest even.
+    Model,
+}
+
+/// Roundings inside the activation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ActivationRounding {
+    /// All f32 (P-fused).
+    Fused,
+    /// gate and up, then silu, then the product are rounded (P-torch).
+    Torch,
+}
+
+/// Roundings of the weighted sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CombineRounding {
+    /// C1: unweighted f32 rows, f32 sum, one cast.
+    F32,
+    /// C2: weighted rows rounded, f32 sum.
+    WeightedRows,
+    /// C3: products and partial sums rounded.
+    EveryStep,
+}
+
+/// Order of the weighted sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CombineOrder {
+    /// Slots 0..k, as selected.
+    Slot,
+    /// Ascending expert id.
+    Expert,
+}
+
+/// How block scales meet the products of a quantised GEMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockScale {
+    /// f32 products of a block are summed, then scaled, then added.
+    Exact,
+    /// Scales are folded into narrower operands.
+    Folded,
+}
+
+impl Precision {
+    /// f32 throughout with no rounding between steps: the profile of the golden vectors.
+    pub const fn float32(input: FloatType, output: FloatType) -> Self {
+        Self {
+            input,
+            output,
+            model: FloatType::F32,
+            router_gemm: Rounding::F32,
+            routing_weights: Rounding::F32,
+            gate_up: Rounding::F32,
+            activation: ActivationRounding::Fused,
+            combine: CombineRounding::F32,
+            combine_order: CombineOrder::Slot,
+            block_scale: BlockScale::Exact,
+        }
+    }
+}
+
+/// Largest router width. Bounds the histogram and the selection of every backend.
+pub const MAX_ROUTER_OUTPUTS: usize = 1024;
+/// Largest width of a row. Keeps `rows * width` of one matrix below 2^40.
+const MAX_WIDTH: usize = 1 << 20;
+
+impl MoeSpec {
+    /// E plus zero experts: width of the logits.
+    pub fn router_outputs(&self) -> usize {
+        self.num_experts + self.routing.zero_experts.map_or(0, |zero| zero.count)
+    }
+
+    /// Whether the selection adds `e_score_correction_bias`.
+    pub fn has_selection_bias(&self) -> bool {
+        match &self.routing.method {
+            RoutingMethod::TopK { score: _, key, groups: _ } => match key {
+                SelectionKey::Score => false,
+                SelectionKey::ScorePlusBias | SelectionKey::LogitPlusBias => true,
+            },
+            RoutingMethod::JointNorm { num_shared: _, global_scale: _ } => true,
+            RoutingMethod::TopKThenScore { score: _ }
+            | RoutingMethod::Hash { score: _, vocab_size: _ }
+            | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => false,
+        }
+    }
+
+    /// Checks every rule that needs no device.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the field, its value, the rule and the remedy.
+    pub fn validate(&self) -> Result<()> {
+        let Self {
+            hidden_size,
+            num_experts,
+            top_k,
+            router,
+            routing,
+            experts,
+            shared,
+            latent,
+            lora,
+            expert_input,
+            output_bias: true | false,
+            placement,
+            shard,
+            entry,
+            precision,
+        } = self;
+        width("hidden_size", *hidden_size)?;
+        let outputs = self.router_outputs();
+        if *num_experts == 0 || outputs > MAX_ROUTER_OUTPUTS {
+            return Err(Error::invalid(
+                "num_experts",
+                outputs,
+                format!("1 to {MAX_ROUTER_OUTPUTS} router outputs"),
+                "correct num_experts or zero_experts",
+            ));
+        }
+        if *top_k == 0 || *top_k > outputs {
+            return Err(Error::invalid(
+                "top_k",
+                top_k,
+                format!("1 to {outputs} (the router's outputs)"),
+                "choose at most as many experts as there are",
+            ));
+        }
+        router.validate()?;
+        routing.validate(outputs, *top_k)?;
+        experts.validate("experts")?;
+        if let Some(SharedExperts { mlp, gate, combination: SharedCombination::Sum | SharedCombination::Average }) =
+            shared
+        {
+            mlp.validate("shared.mlp")?;
+            match gate {
+                SharedGate::None => {}
+                SharedGate::Sigmoid { format } => format.validate("shared.gate.format")?,
+            }
+        }
+        if let Some(Latent { size, format, norm }) = latent {
+            width("latent.size", *size)?;
+            format.validate("latent.format")?;
+            match norm {
+                LatentNorm::None => {}
+                LatentNorm::Reduced { eps } => positive("latent.norm.eps", *eps)?,
+                LatentNorm::PreAndPost { pre_eps, post_eps } => {
+                    positive("latent.norm.pre_eps", *pre_eps)?;
+                    positive("latent.norm.post_eps", *post_eps)?;
+                }
+            }
+        }
+        if let Some(Lora { num_adapters, rank, delta: LoraDelta::F32 | LoraDelta::Model }) = lora {
+            width("lora.num_adapters", *num_adapters)?;
+            width("lora.rank", *rank)?;
+        }
+        match expert_input {
+            ExpertInput::Hidden | ExpertInput::Separate => {}
+        }
+        match placement {
+            Placement::All => {}
+            Placement::Range { first, count } => {
+                if first.checked_add(*count).is_none_or(|end| end > *num_experts) {
+                    return Err(Error::invalid(
+                        "placement",
+                        format!("{first} + {count}"),
+                        format!("a range inside 0..{num_experts}"),
+                        "correct the expert range of this device",
+                    ));
+                }
+            }
+            Placement::Map { slots } => {
+                if slots.len() != *num_experts {
+                    return Err(Error::invalid(
+                        "placement.slots",
+                        format!("{} entries", slots.len()),
+                        format!("{num_experts}, one an expert"),
+                        "give a slot or -1 for each expert",
+                    ));
+                }
+            }
+        }
+        match shard {
+            TensorShard::Whole => {}
+            TensorShard::Part { first, size, owns_down_bias: true | false } => {
+                let whole = experts.intermediate_size;
+                if *size == 0 || first.checked_add(*size).is_none_or(|end| end > whole) {
+                    return Err(Error::invalid(
+                        "shard",
+                        format!("{first} + {size}"),
+                        format!("a part of 0..{whole}"),
+                        "correct the shard of intermediate_size",
+                    ));
+                }
+            }
+        }
+        match entry {
+            Entry::TokenMajor => {}
+            Entry::Batched { capacity } => width("entry.capacity", *capacity)?,
+        }
+        let Precision {
+            input: FloatType::F32 | FloatType::F16 | FloatType::Bf16,
+            output: FloatType::F32 | FloatType::F16 | FloatType::Bf16,
+            model: FloatType::F32 | FloatType::F16 | FloatType::Bf16,
+            router_gemm: Rounding::F32 | Rounding::Model,
+            routing_weights: Rounding::F32 | Rounding::Model,
+            gate_up: Rounding::F32 | Rounding::Model,
+            activation: ActivationRounding::Fused | ActivationRounding::Torch,
+            combine: CombineRounding::F32 | CombineRounding::WeightedRows | CombineRounding::EveryStep,
+            combine_order: CombineOrder::Slot | CombineOrder::Expert,
+            block_scale: BlockScale::Exact | BlockScale::Folded,
+        } = precision;
+        Ok(())
+    }
+}
+
+impl Router {
+    fn validate(&self) -> Result<()> {
+        let transform = match self {
+            Self::Linear { input, format, bias: true | false, transform } => {
+                match input {
+                    RouterInput::Hidden => {}
+                    RouterInput::RmsNormScaled { eps } => positive("router.input.eps", *eps)?,
+                }
+                format.validate("router.format")?;
+                *transform
+            }
+            Self::Mlp { state_size, rms_norm_eps } => {
+                width("router.state_size", *state_size)?;
+                positive("router.rms_norm_eps", *rms_norm_eps)?;
+                LogitTransform::None
+            }
+            Self::Given { transform } => *transform,
+        };
+        match transform {
+            LogitTransform::None => Ok(()),
+            LogitTransform::SoftCap { cap } => positive("router.transform.cap", cap),
+            LogitTransform::Multiply { factor } => finite("router.transform.factor", factor),
+        }
+    }
+}
+
+impl Routing {
+    fn validate(&self, outputs: usize, top_k: usize) -> Result<()> {
+        let Self {
+            method,
+            renormalize,
+            routed_scaling_factor,
+            apply_routed_scale_to_output: true | false,
+            per_expert_scale: true | false,
+            weight_position: WeightPosition::Output | WeightPosition::Input | WeightPosition::BeforeDown,
+            zero_experts,
+            nan_policy: NanPolicy::Zero | NanPolicy::Propagate,
+        } = self;
+        finite("routing.routed_scaling_factor", *routed_scaling_factor)?;
+        match zero_experts {
+            None => {}
+            Some(ZeroExperts { count, kind: ZeroExpertKind::Identity | ZeroExpertKind::Skip }) => {
+                width("routing.zero_experts.count", *count)?;
+            }
+        }
+        match renormalize {
+            None | Some(Denominator::Sum | Denominator::SumOrOne) => {}
+            Some(Denominator::SumPlus { eps }) => positive("routing.renormalize.eps", *eps)?,
+            Some(Denominator::AtLeast { floor }) => positive("routing.renormalize.floor", *floor)?,
+            Some(Denominator::PNorm { p }) => positive("routing.renormalize.p", *p)?,
+        }
+        match method {
+            RoutingMethod::TopK {
+                score: Score::Softmax | Score::Sigmoid | Score::SqrtSoftplus | Score::Identity,
+                key: SelectionKey::Score | SelectionKey::ScorePlusBias | SelectionKey::LogitPlusBias,
+                groups,
+            } => match groups {
+                None => Ok(()),
+                Some(groups) => groups.validate(outputs, top_k),
+            },
+            RoutingMethod::TopKThenScore { score: ChosenScore::Softmax | ChosenScore::Sigmoid } => Ok(()),
+            RoutingMethod::Hash {
+                score: Score::Softmax | Score::Sigmoid | Score::SqrtSoftplus | Score::Identity,
+                vocab_size,
+            } => {
+                if *vocab_size == 0 || *vocab_size > i32::MAX as usize / top_k {
+                    return Err(Error::invalid(
+                        "routing.method.vocab_size",
+                        vocab_size,
+                        "1 or more, with vocab_size * top_k below 2^31",
+                        "correct the rows of tid2eid",
+                    ));
+                }
+                Ok(())
+            }
+            RoutingMethod::JointNorm { num_shared, global_scale: true | false } => {
+                width("routing.method.num_shared", *num_shared)
+            }
+            RoutingMethod::Sparsemixer { router_jitter_noise } => {
+                finite("routing.method.router_jitter_noise", *router_jitter_noise)?;
+                if top_k != 2 {
+                    return Err(Error::invalid("top_k", top_k, "2 with sparsemixer", "correct top_k"));
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Groups {
+    fn validate(&self, outputs: usize, top_k: usize) -> Result<()> {
+        let Self { n_group, topk_group, score } = self;
+        if *n_group == 0 || outputs % n_group != 0 {
+            return Err(Error::invalid(
+                "routing.groups.n_group",
+                n_group,
+                format!("a divisor of {outputs} experts"),
+                "correct n_group",
+            ));
+        }
+        if *topk_group == 0 || topk_group > n_group {
+            return Err(Error::invalid(
+                "routing.groups.topk_group",
+                topk_group,
+                format!("1 to n_group = {n_group}"),
+                "correct topk_group",
+            ));
+        }
+        let size = outputs / n_group;
+        match score {
+            GroupScore::MaxOfScore => {}
+            GroupScore::Top2SumOfKey | GroupScore::Top2SumOfScore => {
+                if size < 2 {
+                    return Err(Error::invalid(
+                        "routing.groups.n_group",
+                        n_group,
+                        "groups of at least 2 experts for a sum of two",
+                        "correct n_group",
+                    ));
+                }
+            }
+        }
+        if top_k > topk_group * size {
+            return Err(Error::invalid(
+                "top_k",
+                top_k,
+                format!("at most {} ({topk_group} groups of {size})", topk_group * size),
+                "lower top_k or raise topk_group",
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl ExpertMlp {
+    fn validate(&self, path: &'static str) -> Result<()> {
+        let Self {
+            intermediate_size,
+            activation,
+            gate_up_layout,
+            orientation: Orientation::OutIn | Orientation::InOut,
+            gate_up_bias: true | false,
+            down_bias: true | false,
+            format,
+            activation_quant,
+        } = self;
+        width(path, *intermediate_size)?;
+        format.validate(path)?;
+        match activation {
+            Activation::Swiglu { limit } => limit.map_or(Ok(()), |limit| positive("activation.limit", limit))?,
+            Activation::SwigluClampAfter { limit } => positive("activation.limit", *limit)?,
+            Activation::SwigluOai { alpha, limit, beta } => {
+                finite("activation.alpha", *alpha)?;
+                finite("activation.beta", *beta)?;
+                limit.map_or(Ok(()), |limit| positive("activation.limit", limit))?;
+            }
+            Activation::Situ { beta, linear_beta } => {
+                positive("activation.beta", *beta)?;
+                positive("activation.linear_beta", *linear_beta)?;
+            }
+            Activation::GeluTanh | Activation::GeluErf | Activation::Relu2 => {}
+        }
+        match (activation.gated(), gate_up_layout) {
+            (true, GateUpLayout::Separate | GateUpLayout::Halves | GateUpLayout::Interleaved)
+            | (false, GateUpLayout::Separate) => {}
+            (false, GateUpLayout::Halves | GateUpLayout::Interleaved) => {
+                return Err(Error::invalid(
+                    "gate_up_layout",
+                    format!("{gate_up_layout:?}"),
+                    "Separate for an activation without gate",
+                    "set gate_up_layout to Separate",
+                ));
+            }
+        }
+        match activation_quant {
+            ActivationQuant::None => Ok(()),
+            ActivationQuant::DynamicFp8 {
+                group,
+                scale: ActivationScale::F32 | ActivationScale::F32CeilPow2 | ActivationScale::Ue8m0Packed,
+            } => width("activation_quant.group", *group),
+        }
+    }
+}
+
+impl WeightFormat {
+    fn validate(&self, path: &'static str) -> Result<()> {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => Ok(()),
+            Self::Fp8Block { block: [rows, columns], scale: ScaleFormat::F32 | ScaleFormat::E8m0 } => {
+                if *rows == 0 || *columns == 0 {
+                    return Err(Error::invalid(
+                        path,
+                        format!("blocks of {rows} x {columns}"),
+                        "blocks of at least 1 x 1",
+                        "correct weight_block_size",
+                    ));
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn width(field: &'static str, value: usize) -> Result<()> {
+    if value == 0 || value > MAX_WIDTH {
+        return Err(Error::invalid(field, value, format!("1 to {MAX_WIDTH}"), "correct the size"));
+    }
+    Ok(())
+}
+
+fn finite(field: &'static str, value: f32) -> Result<()> {
+    if !value.is_finite() {
+        return Err(Error::invalid(field, value, "a finite number", "correct the value"));
+    }
+    Ok(())
+}
+
+fn positive(field: &'static str, value: f32) -> Result<()> {
+    if !(value.is_finite() && value > 0.0) {
+        return Err(Error::invalid(
+            field,
+            value,
+            "a finite number above 0",
+            "write None (or leave the key out) for no bound",
+        ));
+    }
+    Ok(())
+}
