@@ -80,12 +80,6 @@ pub enum Error {
         /// The API's answer.
         reason: String,
     },
-    /// The device is gone; every plan, scratch and bound object made on it is useless.
-    #[error("{backend}: the device was lost; make a new device and plan again")]
-    DeviceLost {
-        /// The backend.
-        backend: &'static str,
-    },
 }
 
 /// Shorthand for a result of this crate.

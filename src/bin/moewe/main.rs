@@ -1,1 +1,150 @@
-fn main() {}
+//! `moewe`: runs one Mixture-of-Experts layer, and judges backends by golden cases.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::backends::BackendName;
+
+mod backends;
+mod cases;
+mod chart;
+mod check;
+mod engine;
+mod inputs;
+mod json;
+mod judge;
+mod metrics;
+mod reference_engine;
+mod report;
+mod run;
+mod source;
+mod spec_text;
+mod verify;
+
+/// Runs Mixture-of-Experts layers on GPUs and CPU, and checks them against one plain reference.
+///
+/// Without a command: `run`, on the small layer that is built in.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: RunOptions,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs one layer on random tokens and compares it with the reference.
+    ///
+    /// Exit status: 0 it agrees, 1 it does not or something failed, 2 usage, 3 unsupported.
+    Run {
+        /// A folder with config.json and *.safetensors; without it a small layer that is built in.
+        #[arg(value_name = "CHECKPOINT_DIR")]
+        checkpoint: Option<PathBuf>,
+        #[command(flatten)]
+        options: RunOptions,
+    },
+    /// Runs golden cases and prints one JSON object a case.
+    ///
+    /// Exit status: 0 all passed, 1 any failed, 2 usage or no case found, 3 none failed but some are unsupported.
+    Verify(VerifyOptions),
+}
+
+/// Where the layer runs.
+#[derive(Args)]
+struct DeviceOptions {
+    /// Where the layer runs. auto: a hardware adapter through wgpu, else cpu. wgpu: the best adapter, software included.
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: BackendName,
+    /// Part of the name or driver of the adapter to take, whatever the case. With auto it means wgpu.
+    #[arg(long, value_name = "S")]
+    adapter: Option<String>,
+    /// Exit with 1 if config.json has keys that nobody knows.
+    #[arg(long)]
+    strict: bool,
+}
+
+#[derive(Args)]
+struct RunOptions {
+    /// Which layer; without it the first Mixture-of-Experts layer that is there.
+    #[arg(long, value_name = "N")]
+    layer: Option<usize>,
+    /// How many tokens.
+    #[arg(long, value_name = "T", default_value = "16", value_parser = tokens)]
+    tokens: usize,
+    #[command(flatten)]
+    device: DeviceOptions,
+    /// Seed of the random tokens.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Run-time quantisation of what FP8 experts read: none, dynamic or dynamic-ue8m0.
+    #[arg(long, value_name = "SCHEME", default_value = "none")]
+    activations: String,
+    /// Print one JSON object instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct VerifyOptions {
+    /// Folders: of cases with a MANIFEST.json, or of one case with an io.safetensors.
+    #[arg(required = true, value_name = "PATH")]
+    paths: Vec<PathBuf>,
+    #[command(flatten)]
+    device: DeviceOptions,
+    /// Largest absolute error of outputs, instead of the tolerances of the cases.
+    #[arg(long, value_name = "X", value_parser = tolerance)]
+    atol: Option<f64>,
+    /// One JSON object a line. This is the only format.
+    #[arg(long)]
+    json: bool,
+}
+
+fn tokens(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(0) => Err("at least 1 token".into()),
+        Ok(tokens) => Ok(tokens),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn tolerance(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
+        Ok(_) => Err("a finite number of at least 0".into()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// How an invocation ended, in the order of what is told first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Exit {
+    Passed,
+    Failed,
+    Usage,
+    Unsupported,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(match exit {
+            Exit::Passed => 0,
+            Exit::Failed => 1,
+            Exit::Usage => 2,
+            Exit::Unsupported => 3,
+        })
+    }
+}
+
+fn main() -> ExitCode {
+    let Cli { command, run } = Cli::parse();
+    let exit = match command {
+        None => run::run(None, &run),
+        Some(Command::Run { checkpoint, options }) => run::run(checkpoint.as_deref(), &options),
+        Some(Command::Verify(options)) => verify::verify(&options),
+    };
+    exit.into()
+}

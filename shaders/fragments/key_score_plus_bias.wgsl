@@ -1,0 +1,3 @@
+fn selection_key(base: u32, e: u32) -> f32 {
+    return scores[e] + selection_bias[e];
+}

@@ -1,0 +1,1 @@
+fn weigh(weights: ptr<function, array<f32, TOP_K>>) {}

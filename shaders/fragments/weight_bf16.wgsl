@@ -1,0 +1,6 @@
+const WEIGHTS_PER_VEC: u32 = 8u;
+
+fn weight_quad(words: vec4<u32>, quad: u32) -> vec4<f32> {
+    let pair = vec2<u32>(words[2u * quad], words[2u * quad + 1u]);
+    return bitcast<vec4<f32>>(vec4<u32>(pair.x << 16u, pair.x & 0xffff0000u, pair.y << 16u, pair.y & 0xffff0000u));
+}

@@ -1,0 +1,11 @@
+const WEIGHTS_PER_VEC: u32 = 8u;
+
+fn weight_quad(words: vec4<u32>, quad: u32) -> vec4<f32> {
+    let pair = vec2<u32>(words[2u * quad], words[2u * quad + 1u]);
+    return vec4<f32>(
+        decode_f16(pair.x & 0xffffu),
+        decode_f16(pair.x >> 16u),
+        decode_f16(pair.y & 0xffffu),
+        decode_f16(pair.y >> 16u),
+    );
+}

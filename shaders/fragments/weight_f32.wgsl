@@ -1,0 +1,5 @@
+const WEIGHTS_PER_VEC: u32 = 4u;
+
+fn weight_quad(words: vec4<u32>, quad: u32) -> vec4<f32> {
+    return bitcast<vec4<f32>>(words);
+}

@@ -1,0 +1,60 @@
+// topk_routing: logits f32 [tokens, ROUTER_OUTPUTS] -> topk_ids i32 [tokens, TOP_K] in descending order of the
+// key, topk_weights f32 [tokens, TOP_K]. One workgroup a token; nothing is sorted: an expert's rank is the
+// number of experts with a larger key, or an equal key and a lower id.
+// keys[e]: order_key, 0 if the score is not finite: lowest, and its weight is 0 (NaN if NAN_PROPAGATES).
+// Twin: src/kernels/topk_routing.rs
+const WORKGROUP: u32 = 64u;
+
+var<workgroup> scores: array<f32, ROUTER_OUTPUTS>;
+var<workgroup> keys: array<u32, ROUTER_OUTPUTS>;
+var<workgroup> chosen: array<u32, TOP_K>;
+
+@compute @workgroup_size(64)
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) index: u32) {
+    let token = workgroup.y;
+    if token >= token_count() {
+        return;
+    }
+    let base = token * ROUTER_OUTPUTS;
+    score_row(base, index);
+    for (var e = index; e < ROUTER_OUTPUTS; e += WORKGROUP) {
+        if keys[e] != 0u {
+            let key = selection_key(base, e);
+            keys[e] = select(order_key(key), 0u, is_nan(key));
+        }
+    }
+    workgroupBarrier();
+    select_experts(token, index);
+    workgroupBarrier();
+    if index != 0u {
+        return;
+    }
+    if chosen[0] == NOT_IN_TABLE {
+        for (var slot = 0u; slot < TOP_K; slot++) {
+            topk_ids[token * TOP_K + slot] = -2;
+            topk_weights[token * TOP_K + slot] = 0x7fc00000u;
+        }
+        return;
+    }
+    var weights: array<f32, TOP_K>;
+    for (var slot = 0u; slot < TOP_K; slot++) {
+        weights[slot] = scores[chosen[slot]];
+    }
+    weigh(&weights);
+    var sum = 0.0;
+    var any_not_finite = false;
+    for (var slot = 0u; slot < TOP_K; slot++) {
+        let finite = keys[chosen[slot]] != 0u;
+        weights[slot] = select(0.0, weights[slot], finite);
+        any_not_finite = any_not_finite || !finite;
+        sum += weights[slot];
+    }
+    let divisor = renormalize_divisor(sum);
+    for (var slot = 0u; slot < TOP_K; slot++) {
+        // A divisor of 0 means that every weight is 0: they stay 0.
+        let weight = select(weights[slot] / divisor, 0.0, divisor == 0.0) * ROUTED_SCALING_FACTOR;
+        let nan = NAN_PROPAGATES && (keys[chosen[slot]] == 0u || (RENORMALIZED && any_not_finite));
+        topk_ids[token * TOP_K + slot] = i32(chosen[slot]);
+        topk_weights[token * TOP_K + slot] = select(bitcast<u32>(weight), 0x7fc00000u, nan);
+    }
+}

@@ -1,0 +1,155 @@
+//! The kernels' twins on the CPU, on rayon's threads. Runs each step as it is recorded.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::error::{Error, Result};
+use crate::kernels::{Access, Arguments, Operation, Slot};
+use crate::plan::{Backend, BufferSlice, Launch};
+use crate::schedule::DeviceFacts;
+
+/// The CPU backend.
+#[derive(Debug, Clone, Copy)]
+pub struct Cpu {
+    facts: DeviceFacts,
+}
+
+impl Cpu {
+    /// A CPU without limits but those of 32-bit word indices.
+    pub fn new() -> Self {
+        Self { facts: DeviceFacts { backend: "cpu", max_binding_bytes: (1 << 31) - 4, max_workgroups: 65_535 } }
+    }
+
+    /// A CPU that lowers as another device does, to compare the two step by step.
+    pub fn like(facts: DeviceFacts) -> Self {
+        Self { facts }
+    }
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Shared memory of 32-bit words.
+#[derive(Debug, Clone)]
+pub struct CpuBuffer(Arc<RwLock<Vec<u32>>>);
+
+impl CpuBuffer {
+    /// A buffer with these words.
+    pub fn from_words(words: Vec<u32>) -> Self {
+        Self(Arc::new(RwLock::new(words)))
+    }
+
+    /// A copy of its words.
+    pub fn to_words(&self) -> Vec<u32> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces its first words.
+    pub fn write(&self, first: usize, words: &[u32]) {
+        let mut target = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        for (target, word) in target.iter_mut().skip(first).zip(words) {
+            *target = *word;
+        }
+    }
+}
+
+/// A step with its buffers.
+pub struct CpuBinding {
+    slots: Vec<(&'static str, Access, CpuBuffer, usize, usize)>,
+}
+
+/// Where steps run as they are recorded.
+#[derive(Debug, Default)]
+pub struct CpuEncoder;
+
+impl Backend for Cpu {
+    type Buffer = CpuBuffer;
+    type Kernel = Operation;
+    type Binding = CpuBinding;
+    type Encoder = CpuEncoder;
+
+    fn facts(&self) -> DeviceFacts {
+        self.facts
+    }
+
+    fn create_buffer(&self, _name: &str, bytes: u64, _uniform: bool) -> Result<CpuBuffer> {
+        let words = usize::try_from(bytes / 4).unwrap_or(usize::MAX);
+        let mut memory = Vec::new();
+        memory.try_reserve_exact(words).map_err(|error| Error::Device {
+            backend: "cpu",
+            operation: format!("allocating {bytes} bytes"),
+            reason: error.to_string(),
+        })?;
+        memory.resize(words, 0);
+        Ok(CpuBuffer::from_words(memory))
+    }
+
+    fn buffer_bytes(&self, buffer: &CpuBuffer) -> u64 {
+        4 * buffer.0.read().unwrap_or_else(PoisonError::into_inner).len() as u64
+    }
+
+    fn same_buffer(&self, a: &CpuBuffer, b: &CpuBuffer) -> bool {
+        Arc::ptr_eq(&a.0, &b.0)
+    }
+
+    fn write(&self, buffer: &CpuBuffer, offset: u64, words: &[u32]) -> Result<()> {
+        buffer.write(offset as usize / 4, words);
+        Ok(())
+    }
+
+    fn compile(&self, _name: &str, operation: &Operation) -> Result<Operation> {
+        Ok(operation.clone())
+    }
+
+    fn bind(&self, kernel: &Operation, slices: &[BufferSlice<'_, Self>]) -> Result<CpuBinding> {
+        let bindings = kernel.source().bindings;
+        let slots = bindings.iter().zip(slices).map(|(binding, slice)| {
+            let BufferSlice { buffer, offset, bytes } = slice;
+            (binding.name, binding.access, (*buffer).clone(), *offset as usize / 4, *bytes as usize / 4)
+        });
+        Ok(CpuBinding { slots: slots.collect() })
+    }
+
+    fn copy_word(&self, _encoder: &mut CpuEncoder, from: (&CpuBuffer, u64), to: &CpuBuffer) {
+        let word = from.0.to_words().get(from.1 as usize / 4).copied().unwrap_or(0);
+        to.write(0, &[word]);
+    }
+
+    fn launch(
+        &self,
+        _encoder: &mut CpuEncoder,
+        launches: &mut dyn Iterator<Item = Launch<'_, Self>>,
+    ) -> Result<()> {
+        for Launch { kernel, binding, workgroups: _ } in launches {
+            enum Guard<'a> {
+                Read(std::sync::RwLockReadGuard<'a, Vec<u32>>),
+                Write(std::sync::RwLockWriteGuard<'a, Vec<u32>>),
+            }
+            let mut guards: Vec<_> = binding
+                .slots
+                .iter()
+                .map(|(_, access, buffer, _, _)| match access {
+                    Access::Uniform | Access::Read => {
+                        Guard::Read(buffer.0.read().unwrap_or_else(PoisonError::into_inner))
+                    }
+                    Access::Write => Guard::Write(buffer.0.write().unwrap_or_else(PoisonError::into_inner)),
+                })
+                .collect();
+            let slots = guards.iter_mut().zip(&binding.slots).map(|(guard, &(name, _, _, offset, words))| {
+                let slot = match guard {
+                    Guard::Read(memory) => memory.get(offset..offset + words).map(Slot::Read),
+                    Guard::Write(memory) => {
+                        memory.get_mut(offset..offset + words).map(|words| Slot::Write(Some(words)))
+                    }
+                };
+                slot.map(|slot| (name, slot)).ok_or_else(|| {
+                    Error::invalid(name, "a short buffer", format!("{words} words at {offset}"), "give a larger one")
+                })
+            });
+            kernel.run(&mut Arguments::new(slots.collect::<Result<_>>()?))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,5 @@
+//! Device APIs. The only place that talks to one.
+
+pub mod cpu;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;

@@ -1,0 +1,216 @@
+//! WGSL through wgpu: Vulkan, Metal, DX12.
+//!
+//! Takes clones of the host's device and queue and asks for nothing: [`required_features`] and
+//! [`required_limits`] say what a host should request. Never polls, blocks or sets handlers.
+
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+
+use ::wgpu;
+
+use crate::error::{Error, Result};
+use crate::kernels::{Access, Operation};
+use crate::plan::{Backend, BufferSlice, Launch};
+use crate::schedule::DeviceFacts;
+
+/// Features that a host must request for the kernels of this version: none.
+pub fn required_features() -> wgpu::Features {
+    wgpu::Features::empty()
+}
+
+/// Limits that a host must request at least: WebGPU's defaults. Larger `max_storage_buffer_binding_size`
+/// and `max_buffer_size` mean fewer and larger weight segments and token chunks.
+pub fn required_limits() -> wgpu::Limits {
+    wgpu::Limits::default()
+}
+
+/// A host's device and queue.
+#[derive(Debug, Clone)]
+pub struct Wgpu {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    max_binding_bytes: u64,
+}
+
+/// A pipeline with its layout.
+pub struct WgpuKernel {
+    pipeline: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+}
+
+impl Wgpu {
+    /// Clones of the host's handles.
+    pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let limits = device.limits();
+        let max_binding_bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        Self { device, queue, max_binding_bytes }
+    }
+
+    /// The same device with smaller bindings: weights and activations are cut finer.
+    #[must_use]
+    pub fn with_binding_limit(&self, bytes: u64) -> Self {
+        Self { max_binding_bytes: self.max_binding_bytes.min(bytes), ..self.clone() }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.device
+    }
+
+    /// The queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.queue
+    }
+
+    /// Runs our own calls under error scopes, so that no refusal reaches the host's handler.
+    fn scoped<T>(&self, operation: &dyn Fn() -> String, call: impl FnOnce() -> T) -> Result<T> {
+        let filters = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation];
+        let mut scopes: Vec<_> = filters.into_iter().map(|filter| self.device.push_error_scope(filter)).collect();
+        let value = call();
+        let mut failure = None;
+        while let Some(scope) = scopes.pop() {
+            // On native adapters the answer is there at once; a browser's comes later, through the
+            // host's own handling.
+            if let Poll::Ready(Some(error)) = pin!(scope.pop()).poll(&mut Context::from_waker(Waker::noop())) {
+                failure = Some(error);
+            }
+        }
+        match failure {
+            None => Ok(value),
+            Some(error) => {
+                Err(Error::Device { backend: "wgpu", operation: operation(), reason: error.to_string() })
+            }
+        }
+    }
+}
+
+impl Backend for Wgpu {
+    type Buffer = wgpu::Buffer;
+    type Kernel = WgpuKernel;
+    type Binding = wgpu::BindGroup;
+    type Encoder = wgpu::CommandEncoder;
+
+    fn facts(&self) -> DeviceFacts {
+        DeviceFacts {
+            backend: "wgpu",
+            max_binding_bytes: self.max_binding_bytes,
+            max_workgroups: self.device.limits().max_compute_workgroups_per_dimension,
+        }
+    }
+
+    fn create_buffer(&self, name: &str, bytes: u64, uniform: bool) -> Result<wgpu::Buffer> {
+        let kind = if uniform { wgpu::BufferUsages::UNIFORM } else { wgpu::BufferUsages::STORAGE };
+        let usage = kind | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
+        let descriptor =
+            wgpu::BufferDescriptor { label: Some(name), size: bytes, usage, mapped_at_creation: false };
+        self.scoped(&|| format!("creating buffer {name} of {bytes} bytes"), || self.device.create_buffer(&descriptor))
+    }
+
+    fn buffer_bytes(&self, buffer: &wgpu::Buffer) -> u64 {
+        buffer.size()
+    }
+
+    fn same_buffer(&self, a: &wgpu::Buffer, b: &wgpu::Buffer) -> bool {
+        a == b
+    }
+
+    fn write(&self, buffer: &wgpu::Buffer, offset: u64, words: &[u32]) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(words);
+        self.scoped(&|| format!("writing {} bytes", bytes.len()), || {
+            self.queue.write_buffer(buffer, offset, bytes);
+            // A submission of nothing lets the queue start the copy and reuse its staging memory.
+            if bytes.len() >= 1 << 20 {
+                self.queue.submit([]);
+            }
+        })
+    }
+
+    fn compile(&self, name: &str, operation: &Operation) -> Result<WgpuKernel> {
+        let source = operation.source();
+        let entries: Vec<_> = source
+            .bindings
+            .iter()
+            .enumerate()
+            .map(|(number, binding)| wgpu::BindGroupLayoutEntry {
+                binding: number as u32,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: match binding.access {
+                        Access::Uniform => wgpu::BufferBindingType::Uniform,
+                        Access::Read => wgpu::BufferBindingType::Storage { read_only: true },
+                        Access::Write => wgpu::BufferBindingType::Storage { read_only: false },
+                    },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            })
+            .collect();
+        self.scoped(&|| format!("compiling {} for {name}", source.kernel()), || {
+            let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
+                label: Some(source.kernel()),
+                source: wgpu::ShaderSource::Wgsl(source.wgsl().into()),
+            });
+            let layout = self
+                .device
+                .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(name), entries: &entries });
+            let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: Some(name),
+                bind_group_layouts: &[Some(&layout)],
+                immediate_size: 0,
+            });
+            let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(name),
+                layout: Some(&pipeline_layout),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions::default(),
+                cache: None,
+            });
+            WgpuKernel { pipeline, layout }
+        })
+    }
+
+    fn bind(&self, kernel: &WgpuKernel, slices: &[BufferSlice<'_, Self>]) -> Result<wgpu::BindGroup> {
+        let entries: Vec<_> = slices
+            .iter()
+            .enumerate()
+            .map(|(number, slice)| wgpu::BindGroupEntry {
+                binding: number as u32,
+                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer: slice.buffer,
+                    offset: slice.offset,
+                    size: wgpu::BufferSize::new(slice.bytes),
+                }),
+            })
+            .collect();
+        self.scoped(&|| "binding buffers (storage usage is required)".into(), || {
+            self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: None,
+                layout: &kernel.layout,
+                entries: &entries,
+            })
+        })
+    }
+
+    fn copy_word(&self, encoder: &mut wgpu::CommandEncoder, from: (&wgpu::Buffer, u64), to: &wgpu::Buffer) {
+        encoder.copy_buffer_to_buffer(from.0, from.1, to, 0, 4);
+    }
+
+    fn launch(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        launches: &mut dyn Iterator<Item = Launch<'_, Self>>,
+    ) -> Result<()> {
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("moewe"), timestamp_writes: None });
+        for Launch { kernel, binding, workgroups: [x, y, z] } in launches {
+            if x > 0 && y > 0 && z > 0 {
+                pass.set_pipeline(&kernel.pipeline);
+                pass.set_bind_group(0, binding, &[]);
+                pass.dispatch_workgroups(x, y, z);
+            }
+        }
+        Ok(())
+    }
+}

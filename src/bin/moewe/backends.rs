@@ -1,0 +1,188 @@
+//! Which backend and adapter run, and why no other.
+
+use clap::ValueEnum;
+use moewe::{Cpu, Error, Result, Unsupported};
+
+use crate::engine::{Device, Engine, Faults};
+use crate::reference_engine::Reference;
+
+/// Value of `--backend`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BackendName {
+    /// A hardware adapter through wgpu, else cpu.
+    Auto,
+    /// The plain reference.
+    Reference,
+    /// The kernels' twins on the CPU.
+    Cpu,
+    /// WGSL through wgpu, on the best adapter.
+    Wgpu,
+    /// CUDA.
+    Cuda,
+}
+
+/// What runs.
+pub struct Choice {
+    /// Name of the backend.
+    pub backend: &'static str,
+    /// Name and driver of the adapter, where there is one.
+    pub adapter: Option<String>,
+    /// The other adapters, best first.
+    pub passed_over: Vec<PassedOver>,
+    /// What to know beside.
+    pub warnings: Vec<String>,
+    /// The engine, or why there is none.
+    pub engine: Result<Box<dyn Engine>>,
+}
+
+/// An adapter that was not taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PassedOver {
+    /// Its name.
+    pub adapter: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl Choice {
+    fn of(backend: &'static str, engine: Result<Box<dyn Engine>>) -> Self {
+        Self { backend, adapter: None, passed_over: vec![], warnings: vec![], engine }
+    }
+
+    fn absent(backend: &'static str, field: &'static str, value: &str, because: String) -> Self {
+        Self::of(backend, Err(unsupported(backend, field, value, because)))
+    }
+}
+
+fn unsupported(backend: &'static str, field: &'static str, value: &str, because: String) -> Error {
+    let (field, value) = (field.into(), format!("{value:?}"));
+    Error::Unsupported(Unsupported { backend: backend.into(), field, value, because: because.into() })
+}
+
+/// Chooses and opens. `--adapter` with `auto` means wgpu: who names an adapter wants that one.
+pub fn choose(backend: BackendName, adapter: Option<&str>) -> Choice {
+    let mut choice = match backend {
+        BackendName::Auto if adapter.is_some() => on_wgpu(adapter),
+        BackendName::Auto => automatic(),
+        BackendName::Reference => Choice::of("reference", Ok(Box::new(Reference))),
+        BackendName::Cpu => on_cpu(vec![]),
+        BackendName::Wgpu => on_wgpu(adapter),
+        BackendName::Cuda => Choice::absent("cuda", "backend", "cuda", "this build has no cuda backend".into()),
+    };
+    if let (BackendName::Reference | BackendName::Cpu | BackendName::Cuda, Some(adapter)) = (backend, adapter) {
+        choice.warnings.push(format!("--adapter {adapter} has no effect: backend {} has no adapters", choice.backend));
+    }
+    choice
+}
+
+fn on_cpu(passed_over: Vec<PassedOver>) -> Choice {
+    let engine = Device { backend: Cpu::new(), faults: Faults::default() };
+    Choice { passed_over, ..Choice::of("cpu", Ok(Box::new(engine))) }
+}
+
+#[cfg(not(feature = "wgpu"))]
+const NOT_BUILT: &str = "built without feature wgpu";
+
+#[cfg(not(feature = "wgpu"))]
+fn automatic() -> Choice {
+    let mut choice = on_cpu(vec![]);
+    choice.warnings.push(format!("no adapter was looked for: {NOT_BUILT}"));
+    choice
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn on_wgpu(_adapter: Option<&str>) -> Choice {
+    Choice::absent("wgpu", "backend", "wgpu", NOT_BUILT.into())
+}
+
+#[cfg(feature = "wgpu")]
+use adapters::{automatic, on_wgpu};
+
+#[cfg(feature = "wgpu")]
+mod adapters {
+    use std::sync::Arc;
+
+    use moewe::host::{self, Adapter, Limits};
+    use moewe::{Error, Result};
+
+    use super::{Choice, PassedOver, on_cpu};
+    use crate::engine::{Device, Engine, Faults};
+
+    /// The best hardware adapter that opens, else the CPU.
+    pub fn automatic() -> Choice {
+        let wanted = |adapter: &Adapter| match adapter.software {
+            true => Err("computes on the CPU; --backend wgpu would take it".into()),
+            false => Ok(()),
+        };
+        let Opened { chosen, passed_over, failure: _ } = first(&host::adapters(), &wanted);
+        match chosen {
+            Some((adapter, engine)) => on(adapter, engine, passed_over),
+            None => on_cpu(passed_over),
+        }
+    }
+
+    /// The best adapter that opens, among those that `--adapter` allows.
+    pub fn on_wgpu(part: Option<&str>) -> Choice {
+        let wanted = |adapter: &Adapter| match part {
+            Some(part) if !adapter.matches(part) => Err(format!("does not match --adapter {part}")),
+            Some(_) | None => Ok(()),
+        };
+        let Opened { chosen, passed_over, failure } = first(&host::adapters(), &wanted);
+        if let Some((adapter, engine)) = chosen {
+            return on(adapter, engine, passed_over);
+        }
+        let names: Vec<&str> = passed_over.iter().map(|passed| passed.adapter.as_str()).collect();
+        let absent = match (failure, part, names.as_slice()) {
+            (Some(failure), _, _) => Choice::of("wgpu", Err(failure)),
+            (None, _, []) => Choice::absent("wgpu", "backend", "wgpu", "this machine has no adapter".into()),
+            (None, part, [..]) => {
+                let because = format!("no adapter has this in its name or driver; there are: {}", names.join("; "));
+                Choice::absent("wgpu", "adapter", part.unwrap_or(""), because)
+            }
+        };
+        Choice { passed_over, ..absent }
+    }
+
+    fn on(adapter: String, engine: Box<dyn Engine>, passed_over: Vec<PassedOver>) -> Choice {
+        Choice { adapter: Some(adapter), passed_over, ..Choice::of("wgpu", Ok(engine)) }
+    }
+
+    struct Opened {
+        chosen: Option<(String, Box<dyn Engine>)>,
+        passed_over: Vec<PassedOver>,
+        /// Of the first adapter that was wanted and did not open.
+        failure: Option<Error>,
+    }
+
+    fn first(adapters: &[Adapter], wanted: &dyn Fn(&Adapter) -> Result<(), String>) -> Opened {
+        let mut opened = Opened { chosen: None, passed_over: vec![], failure: None };
+        for adapter in adapters {
+            let reason = match (&opened.chosen, wanted(adapter)) {
+                (_, Err(reason)) => reason,
+                (Some((better, _)), Ok(())) => format!("{better} comes first"),
+                (None, Ok(())) => match open(adapter) {
+                    Ok(engine) => {
+                        opened.chosen = Some((adapter.name.clone(), engine));
+                        continue;
+                    }
+                    Err(error) => {
+                        let reason = error.to_string();
+                        opened.failure.get_or_insert(error);
+                        reason
+                    }
+                },
+            };
+            opened.passed_over.push(PassedOver { adapter: adapter.name.clone(), reason });
+        }
+        opened
+    }
+
+    /// The device is our own, so its stray errors are ours to collect: wgpu's default is to panic.
+    fn open(adapter: &Adapter) -> Result<Box<dyn Engine>> {
+        let backend = host::open(adapter, Limits::Adapter)?;
+        let faults = Faults::default();
+        let sink = faults.clone();
+        backend.device().on_uncaptured_error(Arc::new(move |error: moewe::wgpu::Error| sink.push(error.to_string())));
+        Ok(Box::new(Device { backend, faults }))
+    }
+}

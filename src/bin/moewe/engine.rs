@@ -1,0 +1,174 @@
+//! Whatever computes a layer, behind one interface.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use moewe::host::{Host, Outcome, Session};
+use moewe::reference::Inputs;
+use moewe::schedule::{Contents, DECODE_TOKENS, Options, Schedule};
+use moewe::{Error, MoeSpec, MoeWeights, Plan, Result, RouterWeights};
+
+/// What is asked of an engine.
+#[derive(Clone, Copy)]
+pub enum Work<'a> {
+    /// The whole layer.
+    Layer(&'a MoeWeights<'a>),
+    /// Ids and weights only.
+    Routing(&'a RouterWeights<'a>),
+}
+
+/// Computes layers.
+pub trait Engine {
+    /// Makes a layer ready for up to `max_tokens` tokens.
+    fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>>;
+}
+
+/// A layer that is ready.
+pub trait Runner {
+    /// Computes it.
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Outcome>;
+    /// How long each step takes; `None` for an engine without steps.
+    fn timing(&self, tokens: usize) -> Result<Option<Timing>>;
+    /// What it takes; `None` for an engine that copies nothing.
+    fn memory(&self) -> Option<Memory>;
+}
+
+/// Seconds of each step, in order.
+#[derive(Debug, Clone)]
+pub struct Timing {
+    /// (name, seconds).
+    pub stages: Vec<(String, f64)>,
+    /// How it was measured.
+    pub method: String,
+}
+
+/// Bytes on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// Packed weights and tables.
+    pub weights: u64,
+    /// Between the steps.
+    pub scratch: u64,
+    /// Hidden states, token ids and output.
+    pub io: u64,
+}
+
+/// Each step is timed so often; the median counts.
+const RUNS: usize = 5;
+
+/// Errors that a device reported outside of any call.
+#[derive(Debug, Clone, Default)]
+pub struct Faults(Arc<Mutex<Vec<String>>>);
+
+impl Faults {
+    /// Notes one.
+    #[cfg(feature = "wgpu")]
+    pub fn push(&self, fault: String) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(fault);
+    }
+
+    /// Fails with those that have come since.
+    fn check(&self, backend: &'static str) -> Result<()> {
+        let faults = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        match faults.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Device { backend, operation: "running the layer".into(), reason: faults.join("; ") }),
+        }
+    }
+}
+
+/// A backend of the library.
+pub struct Device<B> {
+    /// The backend.
+    pub backend: B,
+    /// What its device reports outside of calls.
+    pub faults: Faults,
+}
+
+impl<B: Host + Clone> Engine for Device<B> {
+    fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>> {
+        let options = Options { segment_bytes: None, decode_tokens: DECODE_TOKENS };
+        let backend = self.backend.clone();
+        let plan = match work {
+            Work::Layer(weights) => Plan::new(backend, spec, weights, max_tokens, &options)?,
+            Work::Routing(router) => Plan::routing(backend, spec, router, max_tokens, &options)?,
+        };
+        let session = Session::new(plan, spec)?;
+        let device = Planned { session, spec, whole: work.is_layer(), name: self.backend.facts().backend, faults: &self.faults };
+        device.faults.check(device.name)?;
+        Ok(Box::new(device))
+    }
+}
+
+impl Work<'_> {
+    fn is_layer(&self) -> bool {
+        match self {
+            Self::Layer(_) => true,
+            Self::Routing(_) => false,
+        }
+    }
+}
+
+struct Planned<'a, B: Host> {
+    session: Session<B>,
+    spec: &'a MoeSpec,
+    whole: bool,
+    name: &'static str,
+    faults: &'a Faults,
+}
+
+impl<B: Host> Runner for Planned<'_, B> {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Outcome> {
+        let outcome = self.session.run(inputs);
+        self.faults.check(self.name)?;
+        let outcome = outcome?;
+        expect_lengths(self.spec, inputs, &outcome, self.whole)?;
+        Ok(outcome)
+    }
+
+    fn timing(&self, tokens: usize) -> Result<Option<Timing>> {
+        let timed = self.session.time_steps(tokens, RUNS);
+        self.faults.check(self.name)?;
+        let (seconds, method) = timed?;
+        let names = self.session.bound().steps(tokens).iter().map(|step| step.name.clone());
+        Ok(Some(Timing { stages: names.zip(seconds).collect(), method: format!("{method}, median of {RUNS}") }))
+    }
+
+    fn memory(&self) -> Option<Memory> {
+        let schedule = self.session.plan().schedule();
+        Some(Memory { weights: schedule.weight_bytes(), scratch: schedule.scratch_bytes(), io: io_bytes(schedule) })
+    }
+}
+
+/// A result of another length would be compared in part.
+fn expect_lengths(spec: &MoeSpec, inputs: &Inputs<'_>, outcome: &Outcome, whole: bool) -> Result<()> {
+    let Outcome { topk_ids, topk_weights, output } = outcome;
+    let slots = inputs.hidden_states.len() / spec.hidden_size * spec.top_k;
+    let values = if whole { inputs.hidden_states.len() } else { 0 };
+    for (field, found, expected) in [
+        ("topk_ids", topk_ids.len(), slots),
+        ("topk_weights", topk_weights.len(), slots),
+        ("output", output.len(), values),
+    ] {
+        if found != expected {
+            let remedy = "this is a fault of the backend";
+            return Err(Error::invalid(field, format!("{found} values"), format!("{expected} values"), remedy));
+        }
+    }
+    Ok(())
+}
+
+fn io_bytes(schedule: &Schedule) -> u64 {
+    let callers = schedule.buffers.iter().filter(|buffer| match buffer.contents {
+        Contents::HiddenStates | Contents::TokenIds | Contents::Output => true,
+        Contents::TopkIds
+        | Contents::TopkWeights
+        | Contents::Scratch
+        | Contents::Params
+        | Contents::Segment { matrix: _, segment: _ }
+        | Contents::Spans { matrix: _, segment: _ }
+        | Contents::ExpertSlots
+        | Contents::SelectionBias
+        | Contents::Tid2eid => false,
+    });
+    callers.map(|buffer| buffer.bytes).sum()
+}

@@ -1,0 +1,265 @@
+//! One file a stage: its contract (constants, bindings, fragments, grid, layout) and its CPU twin.
+//!
+//! Nothing here touches a device. A kernel struct is plain data; [`Source`] is what a WGSL backend
+//! compiles, [`Operation::run`] is what the `cpu` backend runs. Both come from the same fields.
+
+pub mod combine;
+pub mod grouped_gemm;
+pub mod pack;
+pub mod permute;
+pub mod topk_routing;
+
+use std::fmt::Write as _;
+
+use crate::error::{Error, Result};
+use crate::spec::FloatType;
+
+pub use combine::Combine;
+pub use grouped_gemm::{GemmVariant, GroupedGemm, RowSource};
+pub use permute::Permute;
+pub use topk_routing::TopkRouting;
+
+/// A stage of the layer. Folder of its shaders, stem of its file here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Rows times the matrices of their groups; also the router's and the shared expert's GEMMs.
+    GroupedGemm,
+    /// Logits to ids and weights.
+    TopkRouting,
+    /// Rows in order of expert.
+    Permute,
+    /// Weighted sum over slots.
+    Combine,
+}
+
+impl Stage {
+    /// The stage's name, as its folder has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::GroupedGemm => "grouped_gemm",
+            Self::TopkRouting => "topk_routing",
+            Self::Permute => "permute",
+            Self::Combine => "combine",
+        }
+    }
+}
+
+/// What a step of a schedule computes.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Operation {
+    /// See [`GroupedGemm`].
+    GroupedGemm(GroupedGemm),
+    /// See [`TopkRouting`].
+    TopkRouting(TopkRouting),
+    /// See [`Permute`].
+    Permute(Permute),
+    /// See [`Combine`].
+    Combine(Combine),
+}
+
+impl Operation {
+    /// Its stage.
+    pub fn stage(&self) -> Stage {
+        match self {
+            Self::GroupedGemm(_) => Stage::GroupedGemm,
+            Self::TopkRouting(_) => Stage::TopkRouting,
+            Self::Permute(_) => Stage::Permute,
+            Self::Combine(_) => Stage::Combine,
+        }
+    }
+
+    /// Its WGSL contract.
+    pub fn source(&self) -> Source {
+        match self {
+            Self::GroupedGemm(kernel) => kernel.source(),
+            Self::TopkRouting(kernel) => kernel.source(),
+            Self::Permute(kernel) => kernel.source(),
+            Self::Combine(kernel) => kernel.source(),
+        }
+    }
+
+    /// Its twin: the same function on the same buffers, in Rust.
+    ///
+    /// # Errors
+    /// A binding that is missing or too short: a fault of the schedule.
+    pub fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
+        match self {
+            Self::GroupedGemm(kernel) => kernel.run(arguments),
+            Self::TopkRouting(kernel) => kernel.run(arguments),
+            Self::Permute(kernel) => kernel.run(arguments),
+            Self::Combine(kernel) => kernel.run(arguments),
+        }
+    }
+}
+
+/// How a kernel touches a binding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// `var<uniform>`.
+    Uniform,
+    /// `var<storage, read>`.
+    Read,
+    /// `var<storage, read_write>`, written only.
+    Write,
+}
+
+/// A binding as a kernel declares it. Its position in the list is its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Binding {
+    /// Name in the shader and in the twin.
+    pub name: &'static str,
+    /// WGSL type.
+    pub element: &'static str,
+    /// Access.
+    pub access: Access,
+}
+
+/// The binding with the number of tokens, which every kernel has.
+const PARAMS: Binding = Binding { name: "params", element: "Params", access: Access::Uniform };
+
+const fn read(name: &'static str, element: &'static str) -> Binding {
+    Binding { name, element, access: Access::Read }
+}
+
+const fn write(name: &'static str, element: &'static str) -> Binding {
+    Binding { name, element, access: Access::Write }
+}
+
+/// A constant of the generated prelude.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Value {
+    /// `u32`.
+    U32(u32),
+    /// `f32`.
+    F32(f32),
+    /// `bool`.
+    Bool(bool),
+}
+
+/// A piece of WGSL with the path it has under `shaders/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fragment {
+    /// Path under `shaders/`.
+    pub path: &'static str,
+    /// Text.
+    pub text: &'static str,
+}
+
+macro_rules! shader {
+    ($path:literal) => {
+        $crate::kernels::Fragment { path: $path, text: include_str!(concat!("../../shaders/", $path)) }
+    };
+}
+use shader;
+
+/// Everything a WGSL kernel is made of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Source {
+    /// Constants under the names of the spec's fields.
+    pub constants: Vec<(&'static str, Value)>,
+    /// Bindings, by number.
+    pub bindings: Vec<Binding>,
+    /// Fragments that fill the kernel's slots, in order of use; the kernel itself comes last.
+    pub fragments: Vec<Fragment>,
+}
+
+impl Source {
+    /// The WGSL module: prelude of constants and bindings, fragments, kernel. Entry point `main`.
+    pub fn wgsl(&self) -> String {
+        let mut text = String::new();
+        for (name, value) in &self.constants {
+            let (kind, literal) = match value {
+                Value::U32(value) => ("u32", format!("{value}u")),
+                Value::F32(value) => ("f32", format!("{value:?}f")),
+                Value::Bool(value) => ("bool", value.to_string()),
+            };
+            let _ = writeln!(text, "const {name}: {kind} = {literal};");
+        }
+        for (number, Binding { name, element, access }) in self.bindings.iter().enumerate() {
+            let space = match access {
+                Access::Uniform => "uniform",
+                Access::Read => "storage, read",
+                Access::Write => "storage, read_write",
+            };
+            let _ = writeln!(text, "@group(0) @binding({number}) var<{space}> {name}: {element};");
+        }
+        for fragment in &self.fragments {
+            let _ = write!(text, "\n// {}\n{}", fragment.path, fragment.text);
+        }
+        text
+    }
+
+    /// Name of the kernel: path of its last fragment without the suffix.
+    pub fn kernel(&self) -> &'static str {
+        self.fragments.last().map_or("", |fragment| fragment.path.trim_end_matches(".wgsl"))
+    }
+}
+
+/// The fragment that reads one value of a row, with what it needs.
+fn input_fragments(float_type: FloatType) -> Vec<Fragment> {
+    match float_type {
+        FloatType::F32 => vec![shader!("fragments/input_f32.wgsl")],
+        FloatType::F16 => vec![shader!("fragments/decode_f16.wgsl"), shader!("fragments/input_f16.wgsl")],
+        FloatType::Bf16 => vec![shader!("fragments/input_bf16.wgsl")],
+    }
+}
+
+/// The buffers of one step, by binding, while its twin runs.
+pub struct Arguments<'a> {
+    slots: Vec<(&'static str, Slot<'a>)>,
+}
+
+/// One buffer of a step, as words.
+pub enum Slot<'a> {
+    /// Read only.
+    Read(&'a [u32]),
+    /// Written; taken once.
+    Write(Option<&'a mut [u32]>),
+}
+
+impl<'a> Arguments<'a> {
+    /// Buffers in the order of the step's bindings.
+    pub fn new(slots: Vec<(&'static str, Slot<'a>)>) -> Self {
+        Self { slots }
+    }
+
+    fn lacks(name: &'static str) -> Error {
+        Error::invalid(name, "no such binding", "a binding of this step", "this is a fault of the schedule")
+    }
+
+    fn read(&self, name: &'static str) -> Result<&'a [u32]> {
+        self.slots
+            .iter()
+            .find_map(|(slot, buffer)| match buffer {
+                Slot::Read(words) if *slot == name => Some(*words),
+                Slot::Read(_) | Slot::Write(_) => None,
+            })
+            .ok_or_else(|| Self::lacks(name))
+    }
+
+    fn read_f32(&self, name: &'static str) -> Result<&'a [f32]> {
+        Ok(bytemuck::cast_slice(self.read(name)?))
+    }
+
+    fn read_i32(&self, name: &'static str) -> Result<&'a [i32]> {
+        Ok(bytemuck::cast_slice(self.read(name)?))
+    }
+
+    fn write(&mut self, name: &'static str) -> Result<&'a mut [u32]> {
+        self.slots
+            .iter_mut()
+            .find_map(|(slot, buffer)| match buffer {
+                Slot::Write(words) if *slot == name => words.take(),
+                Slot::Read(_) | Slot::Write(_) => None,
+            })
+            .ok_or_else(|| Self::lacks(name))
+    }
+
+    /// Tokens of this chunk: twin of `token_count` in shaders/fragments/params.wgsl.
+    fn tokens(&self) -> Result<usize> {
+        match self.read(PARAMS.name)? {
+            [total, first, chunk, ..] => Ok(total.saturating_sub(*first).min(*chunk) as usize),
+            _ => Err(Self::lacks(PARAMS.name)),
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! `pack`: checkpoint matrices to the layout that the GEMM kernels read. Changes no value.
+//!
+//! The rows of a group (an expert) stand one behind the other, each padded with zero codes to whole
+//! vectors of 16 bytes. Gate and up rows alternate (gate of feature 0, up of feature 0, ...), so that
+//! a tile holds both. Groups fill *segments*, buffers no larger than a binding may be; a group that
+//! does not fit the rest of a segment is split between two rows. Each run of rows in a segment is a
+//! [`Span`]: its codes, then its block scales (f32), then its bias (f32).
+
+use crate::error::{Result, Unsupported};
+use crate::spec::WeightFormat;
+use crate::weights::Matrix;
+
+/// Words of a packed vector.
+const VEC_WORDS: usize = 4;
+/// Words of a row of the span table. Twin: shaders/fragments/span.wgsl
+pub const SPAN_WORDS: usize = 8;
+/// Splits keep runs of this many rows together where they can, so that tiles stay whole.
+const SPLIT_ROWS: usize = 64;
+
+/// Shape and layout of one packed matrix per group.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackedMatrix {
+    /// What it holds, e.g. `experts.gate_up`.
+    pub name: &'static str,
+    /// Matrices: experts, or 1.
+    pub groups: usize,
+    /// Rows of each, gate and up counted apart.
+    pub rows: usize,
+    /// Columns of each.
+    pub cols: usize,
+    /// Type of a code.
+    pub format: WeightFormat,
+    /// 2 if gate and up rows alternate, else 1.
+    pub pair: usize,
+    /// Whether each row has a bias.
+    pub bias: bool,
+    /// Where everything lies.
+    pub segments: Vec<Segment>,
+}
+
+/// One buffer of packed rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segment {
+    /// Size in words, a multiple of 4.
+    pub words: usize,
+    /// Runs of rows, at most one a group.
+    pub spans: Vec<Span>,
+}
+
+/// Rows of one group in one segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// The group.
+    pub group: usize,
+    /// First row.
+    pub row_begin: usize,
+    /// Behind the last row.
+    pub row_end: usize,
+    /// Word where the codes begin, a multiple of 4.
+    pub codes: usize,
+    /// Word where the block scales begin.
+    pub scales: usize,
+    /// Word where the bias begins.
+    pub bias: usize,
+    /// Block (in the checkpoint's rows) of `row_begin`.
+    pub first_block: usize,
+}
+
+/// Where the rows of a packed matrix come from.
+pub struct GroupSource<'a> {
+    /// One matrix, or gate and up, whose rows alternate.
+    pub matrices: Vec<&'a Matrix<'a>>,
+    /// A bias for each matrix, or none.
+    pub biases: Vec<&'a [f32]>,
+}
+
+impl PackedMatrix {
+    /// Codes in a vector of 16 bytes.
+    pub fn codes_per_vec(&self) -> usize {
+        match self.format {
+            WeightFormat::F32 => 4,
+            WeightFormat::F16 | WeightFormat::Bf16 => 8,
+            WeightFormat::Fp8Block { block: _, scale: _ } => 16,
+        }
+    }
+
+    /// Vectors of a row.
+    pub fn vecs_per_row(&self) -> usize {
+        self.cols.div_ceil(self.codes_per_vec())
+    }
+
+    /// [rows, columns] of a scale block and blocks of a row; `None` without scales.
+    pub fn blocks(&self) -> Option<([usize; 2], usize)> {
+        match self.format {
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => None,
+            WeightFormat::Fp8Block { block, scale: _ } => Some((block, self.cols.div_ceil(block[1]))),
+        }
+    }
+
+    /// Bytes of all segments.
+    pub fn bytes(&self) -> u64 {
+        self.segments.iter().map(|segment| 4 * segment.words as u64).sum()
+    }
+
+    fn block_of(&self, row: usize) -> usize {
+        self.blocks().map_or(0, |([rows, _], _)| row / (self.pair * rows))
+    }
+
+    /// Words of the codes, scales and bias of rows `begin..end`.
+    fn words(&self, begin: usize, end: usize) -> [usize; 3] {
+        let rows = end - begin;
+        let scales = self.blocks().map_or(0, |(_, per_row)| {
+            (self.block_of(end - 1) - self.block_of(begin) + 1) * self.pair * per_row
+        });
+        [rows * self.vecs_per_row() * VEC_WORDS, scales, if self.bias { rows } else { 0 }]
+    }
+
+    /// Assigns every row a place in segments of at most `segment_bytes`.
+    ///
+    /// # Errors
+    /// A row (or a pair of gate and up rows) that does not fit a segment.
+    pub fn place(mut self, backend: &'static str, segment_bytes: u64) -> Result<Self, Unsupported> {
+        // Word indices are u32 in the kernels; bindings stay below 2^31 bytes anyway.
+        let capacity = usize::try_from(segment_bytes.min(1 << 31) / 16 * 4).unwrap_or(0);
+        let padded = |words: [usize; 3]| words.iter().sum::<usize>().next_multiple_of(VEC_WORDS);
+        let mut segments: Vec<Segment> = Vec::new();
+        for group in 0..self.groups {
+            let mut begin = 0;
+            while begin < self.rows {
+                let used = segments.last().map_or(capacity, |segment| segment.words);
+                let free = capacity - used;
+                let rest = self.rows - begin;
+                // Largest number of pairs of rows that fit, by bisection.
+                let (mut fits, mut too_many) = (0, rest / self.pair + 1);
+                while too_many - fits > 1 {
+                    let middle = fits.midpoint(too_many);
+                    if padded(self.words(begin, begin + middle * self.pair)) <= free {
+                        fits = middle;
+                    } else {
+                        too_many = middle;
+                    }
+                }
+                let mut rows = fits * self.pair;
+                if rows < rest && rows > SPLIT_ROWS {
+                    rows -= rows % SPLIT_ROWS;
+                }
+                if rows == 0 {
+                    if used == 0 {
+                        return Err(Unsupported {
+                            backend: backend.into(),
+                            field: "segment_bytes".into(),
+                            value: segment_bytes.to_string(),
+                            because: format!("{}: a row of {} columns does not fit a segment", self.name, self.cols)
+                                .into(),
+                        });
+                    }
+                    segments.push(Segment { words: 0, spans: Vec::new() });
+                    continue;
+                }
+                let words = self.words(begin, begin + rows);
+                let Some(segment) = segments.last_mut() else { continue };
+                let codes = segment.words;
+                segment.spans.push(Span {
+                    group,
+                    row_begin: begin,
+                    row_end: begin + rows,
+                    codes,
+                    scales: codes + words[0],
+                    bias: codes + words[0] + words[1],
+                    first_block: self.block_of(begin),
+                });
+                segment.words += padded(words);
+                begin += rows;
+            }
+        }
+        self.segments = segments;
+        Ok(self)
+    }
+
+    /// Most rows of one group in `segment`.
+    pub fn max_span_rows(&self, segment: usize) -> usize {
+        let spans = self.segments.get(segment).map_or(&[][..], |segment| &segment.spans);
+        spans.iter().map(|span| span.row_end - span.row_begin).max().unwrap_or(0)
+    }
+
+    /// The span table of `segment`: [groups, `SPAN_WORDS`]; a group that is not here has no rows.
+    pub fn span_table(&self, segment: usize) -> Vec<u32> {
+        let mut table = vec![0u32; self.groups * SPAN_WORDS];
+        for span in self.segments.get(segment).map_or(&[][..], |segment| &segment.spans) {
+            let Span { group, row_begin, row_end, codes, scales, bias, first_block } = *span;
+            let row = [row_begin, row_end, codes / VEC_WORDS, scales, bias, first_block];
+            for (word, value) in table[group * SPAN_WORDS..].iter_mut().zip(row) {
+                *word = value as u32;
+            }
+        }
+        table
+    }
+
+    /// Writes `segment` in pieces of some megabytes: `write(first word, words)`.
+    ///
+    /// # Errors
+    /// Whatever `write` returns.
+    pub fn pack<'a>(
+        &self,
+        segment: usize,
+        source: &dyn Fn(usize) -> Option<GroupSource<'a>>,
+        write: &mut dyn FnMut(usize, &[u32]) -> Result<()>,
+    ) -> Result<()> {
+        const PIECE_WORDS: usize = 1 << 20;
+        let row_words = self.vecs_per_row() * VEC_WORDS;
+        for span in self.segments.get(segment).map_or(&[][..], |segment| &segment.spans) {
+            let Some(source) = source(span.group) else { continue };
+            let rows_per_piece = (PIECE_WORDS / row_words).max(1);
+            for begin in (span.row_begin..span.row_end).step_by(rows_per_piece) {
+                let end = (begin + rows_per_piece).min(span.row_end);
+                let mut words = vec![0u32; (end - begin) * row_words];
+                for (row, words) in (begin..end).zip(words.chunks_exact_mut(row_words)) {
+                    self.pack_row(source.matrices[row % self.pair], row / self.pair, words);
+                }
+                write(span.codes + (begin - span.row_begin) * row_words, &words)?;
+            }
+            if let Some(([block_rows, block_cols], per_row)) = self.blocks() {
+                let blocks = span.first_block..=self.block_of(span.row_end - 1);
+                let mut words = Vec::with_capacity(blocks.clone().count() * self.pair * per_row);
+                for block in blocks {
+                    for matrix in &source.matrices {
+                        let row = (block * block_rows).min(matrix.shape()[0] - 1);
+                        words.extend((0..per_row).map(|col| matrix.scale(row, col * block_cols).to_bits()));
+                    }
+                }
+                write(span.scales, &words)?;
+            }
+            if self.bias {
+                let bias = |row: usize| source.biases[row % self.pair][row / self.pair].to_bits();
+                let words: Vec<u32> = (span.row_begin..span.row_end).map(bias).collect();
+                write(span.bias, &words)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn pack_row(&self, matrix: &Matrix<'_>, row: usize, words: &mut [u32]) {
+        let per_word = self.codes_per_vec() / VEC_WORDS;
+        let bits = 32 / per_word as u32;
+        for col in 0..self.cols {
+            words[col / per_word] |= matrix.code(row, col) << (bits * (col % per_word) as u32);
+        }
+    }
+}

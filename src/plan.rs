@@ -1,0 +1,529 @@
+//! A schedule made ready on a device. Names no kernel: it walks a [`Schedule`].
+//!
+//! [`Plan`] owns kernels and packed weights; [`Plan::bind`] ties it to the caller's buffers and a
+//! [`Scratch`]; [`Bound::record`] writes copies and dispatches into the caller's encoder. It submits
+//! nothing, waits for nothing and allocates nothing.
+
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::kernels::Operation;
+use crate::kernels::pack::GroupSource;
+use crate::schedule::{self, Contents, DeviceFacts, Options, Part, Schedule, Step};
+use crate::spec::MoeSpec;
+use crate::support::Scope;
+use crate::weights::{MlpWeights, MoeWeights, RouterWeights};
+
+/// A device API. Everything a backend must do; nothing here has a default.
+pub trait Backend: Sized {
+    /// Device memory.
+    type Buffer: Clone;
+    /// A compiled kernel.
+    type Kernel;
+    /// A kernel's buffers, ready to launch.
+    type Binding;
+    /// Where work is recorded.
+    type Encoder;
+
+    /// What `lower` needs to know.
+    fn facts(&self) -> DeviceFacts;
+    /// Zeroed memory of `bytes`, a multiple of 4.
+    ///
+    /// # Errors
+    /// The device refuses.
+    fn create_buffer(&self, name: &str, bytes: u64, uniform: bool) -> Result<Self::Buffer>;
+    /// Size of a buffer.
+    fn buffer_bytes(&self, buffer: &Self::Buffer) -> u64;
+    /// Whether two handles are one buffer.
+    fn same_buffer(&self, a: &Self::Buffer, b: &Self::Buffer) -> bool;
+    /// Writes `words` at byte `offset`, before any work recorded later.
+    ///
+    /// # Errors
+    /// The device refuses.
+    fn write(&self, buffer: &Self::Buffer, offset: u64, words: &[u32]) -> Result<()>;
+    /// Compiles a kernel.
+    ///
+    /// # Errors
+    /// The device refuses.
+    fn compile(&self, name: &str, operation: &Operation) -> Result<Self::Kernel>;
+    /// Ties a kernel to buffers, in the order of its bindings.
+    ///
+    /// # Errors
+    /// The device refuses.
+    fn bind(&self, kernel: &Self::Kernel, slices: &[BufferSlice<'_, Self>]) -> Result<Self::Binding>;
+    /// Records a copy of one word.
+    fn copy_word(&self, encoder: &mut Self::Encoder, from: (&Self::Buffer, u64), to: &Self::Buffer);
+    /// Records launches, each after the one before.
+    ///
+    /// # Errors
+    /// Only for backends that run while they record.
+    fn launch(&self, encoder: &mut Self::Encoder, launches: &mut dyn Iterator<Item = Launch<'_, Self>>) -> Result<()>;
+}
+
+/// A part of a buffer.
+pub struct BufferSlice<'a, B: Backend> {
+    /// The buffer.
+    pub buffer: &'a B::Buffer,
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// One kernel launch.
+pub struct Launch<'a, B: Backend> {
+    /// The kernel.
+    pub kernel: &'a B::Kernel,
+    /// Its buffers.
+    pub binding: &'a B::Binding,
+    /// Workgroups.
+    pub workgroups: [u32; 3],
+}
+
+/// Whether a layer can be planned, without planning it: the same code decides.
+///
+/// # Errors
+/// The field that this backend lacks, or the rule that the spec breaks.
+pub fn supports<B: Backend>(backend: &B, spec: &MoeSpec, max_tokens: usize) -> Result<()> {
+    let options = Options { segment_bytes: None, decode_tokens: schedule::DECODE_TOKENS };
+    schedule::lower(spec, Scope::Layer, max_tokens, &backend.facts(), &options).map(|_| ())
+}
+
+/// How many tokens a call has.
+pub enum Tokens<'a, B: Backend> {
+    /// Known now.
+    Host(usize),
+    /// A u32 at this byte offset of a device buffer, at most the plan's `max_tokens`; larger counts are cut.
+    Device(&'a B::Buffer, u64),
+}
+
+/// The caller's buffers.
+pub struct Io<'a, B: Backend> {
+    /// [T, H] of the spec's input type.
+    pub hidden_states: &'a B::Buffer,
+    /// u32 [T]; required for hash routing, refused otherwise.
+    pub token_ids: Option<&'a B::Buffer>,
+    /// [T, H] of the spec's output type; required unless only the routing is planned.
+    pub output: Option<&'a B::Buffer>,
+    /// i32 [T, k] instead of the scratch's: written by the routing, read by the experts.
+    pub topk_ids: Option<&'a B::Buffer>,
+    /// f32 [T, k] instead of the scratch's.
+    pub topk_weights: Option<&'a B::Buffer>,
+}
+
+/// Names and sizes of the buffers between the steps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScratchLayout {
+    /// (name, bytes).
+    pub buffers: Vec<(String, u64)>,
+}
+
+impl ScratchLayout {
+    /// A layout that serves both: sixty layers share one scratch, one stream at a time.
+    #[must_use]
+    pub fn union(mut self, other: &Self) -> Self {
+        for (name, bytes) in &other.buffers {
+            match self.buffers.iter_mut().find(|(known, _)| known == name) {
+                Some((_, size)) => *size = (*size).max(*bytes),
+                None => self.buffers.push((name.clone(), *bytes)),
+            }
+        }
+        self
+    }
+
+    /// Bytes of all.
+    pub fn bytes(&self) -> u64 {
+        self.buffers.iter().map(|(_, bytes)| bytes).sum()
+    }
+}
+
+/// Memory between the steps. Contents are undefined before and after a call, but for
+/// `topk_ids` and `topk_weights`.
+pub struct Scratch<B: Backend> {
+    buffers: Vec<(String, B::Buffer)>,
+}
+
+impl<B: Backend> Scratch<B> {
+    /// Allocates a layout.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn new(backend: &B, layout: &ScratchLayout) -> Result<Self> {
+        let create = |(name, bytes): &(String, u64)| Ok((name.clone(), backend.create_buffer(name, *bytes, false)?));
+        Ok(Self { buffers: layout.buffers.iter().map(create).collect::<Result<_>>()? })
+    }
+
+    /// Takes the caller's memory: storage buffers by the names of a layout.
+    pub fn from_buffers(buffers: Vec<(String, B::Buffer)>) -> Self {
+        Self { buffers }
+    }
+
+    /// The buffer of that name, e.g. `topk_ids` i32 [T, k] and `topk_weights` f32 [T, k] after a call.
+    pub fn buffer(&self, name: &str) -> Option<&B::Buffer> {
+        self.buffers.iter().find(|(known, _)| known == name).map(|(_, buffer)| buffer)
+    }
+}
+
+/// A layer ready on a device: kernels and packed weights.
+pub struct Plan<B: Backend> {
+    inner: Arc<Inner<B>>,
+}
+
+struct Inner<B: Backend> {
+    backend: B,
+    schedule: Schedule,
+    /// Buffers that the plan owns, by index in the schedule.
+    owned: Vec<Option<B::Buffer>>,
+    /// A kernel for each step of each bucket; steps of one operation share one.
+    kernels: Vec<B::Kernel>,
+    kernel_of: Vec<Vec<usize>>,
+    /// 0, 1, 2, ... `max_tokens`: the encoder copies a count from here, so that `record` needs no queue.
+    counts: B::Buffer,
+}
+
+impl<B: Backend> Plan<B> {
+    /// Plans a layer: lowers, compiles, packs and uploads.
+    ///
+    /// # Errors
+    /// A spec, weights or call that break a rule, a part that the backend lacks, a refusing device.
+    pub fn new(
+        backend: B,
+        spec: &MoeSpec,
+        weights: &MoeWeights<'_>,
+        max_tokens: usize,
+        options: &Options,
+    ) -> Result<Self> {
+        let schedule = schedule::lower(spec, Scope::Layer, max_tokens, &backend.facts(), options)?;
+        weights.check(spec)?;
+        Self::from_schedule(backend, schedule, &weights.router, Some(weights))
+    }
+
+    /// Plans the routing alone: ids and weights.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn routing(
+        backend: B,
+        spec: &MoeSpec,
+        router: &RouterWeights<'_>,
+        max_tokens: usize,
+        options: &Options,
+    ) -> Result<Self> {
+        let schedule = schedule::lower(spec, Scope::Routing, max_tokens, &backend.facts(), options)?;
+        router.check(spec)?;
+        Self::from_schedule(backend, schedule, router, None)
+    }
+
+    fn from_schedule(
+        backend: B,
+        schedule: Schedule,
+        router: &RouterWeights<'_>,
+        weights: Option<&MoeWeights<'_>>,
+    ) -> Result<Self> {
+        let (mut kernels, mut operations): (Vec<B::Kernel>, Vec<&Operation>) = (vec![], vec![]);
+        let mut kernel_of = vec![];
+        for bucket in &schedule.buckets {
+            let mut row = vec![];
+            for step in &bucket.steps {
+                let known = operations.iter().position(|operation| **operation == step.operation);
+                row.push(match known {
+                    Some(index) => index,
+                    None => {
+                        kernels.push(backend.compile(&step.name, &step.operation)?);
+                        operations.push(&step.operation);
+                        operations.len() - 1
+                    }
+                });
+            }
+            kernel_of.push(row);
+        }
+        let mut owned = vec![];
+        for buffer in &schedule.buffers {
+            let create = || backend.create_buffer(&buffer.name, buffer.bytes, false);
+            let filled = |words: &[u32]| -> Result<_> {
+                let buffer = create()?;
+                backend.write(&buffer, 0, words)?;
+                Ok(Some(buffer))
+            };
+            owned.push(match buffer.contents {
+                Contents::HiddenStates
+                | Contents::TokenIds
+                | Contents::Output
+                | Contents::TopkIds
+                | Contents::TopkWeights
+                | Contents::Scratch
+                | Contents::Params => None,
+                Contents::Segment { matrix, segment } => {
+                    let packed = &schedule.matrices[matrix];
+                    let target = create()?;
+                    packed.pack(segment, &|group| source(packed.name, group, router, weights), &mut |word, words| {
+                        backend.write(&target, 4 * word as u64, words)
+                    })?;
+                    Some(target)
+                }
+                Contents::Spans { matrix, segment } => filled(&schedule.matrices[matrix].span_table(segment))?,
+                Contents::ExpertSlots => filled(&(0..buffer.bytes as u32 / 4).collect::<Vec<_>>())?,
+                Contents::SelectionBias => filled(bytemuck::cast_slice(router.selection_bias.as_deref().unwrap_or(&[])))?,
+                Contents::Tid2eid => filled(bytemuck::cast_slice(router.tid2eid.as_deref().unwrap_or(&[])))?,
+            });
+        }
+        let words: Vec<u32> = (0..=schedule.max_tokens as u32).collect();
+        let counts = backend.create_buffer("counts", 4 * words.len() as u64, false)?;
+        backend.write(&counts, 0, &words)?;
+        Ok(Self { inner: Arc::new(Inner { backend, schedule, owned, kernels, kernel_of, counts }) })
+    }
+
+    /// What will run.
+    pub fn schedule(&self) -> &Schedule {
+        &self.inner.schedule
+    }
+
+    /// The backend it was planned on.
+    pub fn backend(&self) -> &B {
+        &self.inner.backend
+    }
+
+    /// The scratch it needs.
+    pub fn scratch_layout(&self) -> ScratchLayout {
+        let scratch = self.inner.schedule.buffers.iter().filter(|buffer| buffer.contents.is_scratch());
+        ScratchLayout { buffers: scratch.map(|buffer| (buffer.name.clone(), buffer.bytes)).collect() }
+    }
+
+    /// Ties the plan to the caller's buffers. Buffers may be shorter than `max_tokens` needs; then
+    /// [`Bound::max_tokens`] is smaller.
+    ///
+    /// # Errors
+    /// A buffer that is missing, surplus, too short or given twice.
+    pub fn bind(&self, io: &Io<'_, B>, scratch: &Scratch<B>) -> Result<Bound<B>> {
+        let Inner { backend, schedule, owned, kernels, kernel_of, counts: _ } = &*self.inner;
+        let mut found: Vec<Option<B::Buffer>> = vec![];
+        let mut max_tokens = schedule.max_tokens;
+        for (buffer, owned) in schedule.buffers.iter().zip(owned) {
+            let name = buffer.name.as_str();
+            let in_scratch = || scratch.buffer(name);
+            let given = match buffer.contents {
+                Contents::HiddenStates => Some(io.hidden_states),
+                Contents::TokenIds => io.token_ids,
+                Contents::Output => io.output,
+                Contents::TopkIds => io.topk_ids.or_else(in_scratch),
+                Contents::TopkWeights => io.topk_weights.or_else(in_scratch),
+                Contents::Scratch => in_scratch(),
+                Contents::Params => {
+                    found.push(None);
+                    continue;
+                }
+                Contents::Segment { matrix: _, segment: _ }
+                | Contents::Spans { matrix: _, segment: _ }
+                | Contents::ExpertSlots
+                | Contents::SelectionBias
+                | Contents::Tid2eid => owned.as_ref(),
+            };
+            let given = given.ok_or_else(|| {
+                Error::invalid(name.to_string(), "no buffer", format!("one of {} bytes", buffer.bytes), "give it")
+            })?;
+            let bytes = backend.buffer_bytes(given);
+            match buffer.token_bytes {
+                Some(per_token) => {
+                    // Whole words: an odd row of 16-bit values needs its last word.
+                    let fits = (0..=max_tokens).rev().find(|&n| (per_token * n as u64).next_multiple_of(4) <= bytes);
+                    max_tokens = fits.unwrap_or(0);
+                    if max_tokens == 0 {
+                        return Err(too_short(name, bytes, per_token.next_multiple_of(4)));
+                    }
+                }
+                None if bytes < buffer.bytes => return Err(too_short(name, bytes, buffer.bytes)),
+                None => {}
+            }
+            found.push(Some(given.clone()));
+        }
+        self.refuse_surplus(io)?;
+        self.refuse_aliases(&found)?;
+        let mut chunks = vec![];
+        for first in (0..max_tokens).step_by(schedule.chunk_tokens) {
+            let tokens = schedule.chunk_tokens.min(max_tokens - first);
+            let params = backend.create_buffer("params", 16, true)?;
+            backend.write(&params, 0, &[0, first as u32, tokens as u32, 0])?;
+            let mut bindings = vec![];
+            for (bucket, kernel_of) in schedule.buckets.iter().zip(kernel_of) {
+                let mut row = vec![];
+                for (step, &kernel) in bucket.steps.iter().zip(kernel_of) {
+                    let slice = |index: &usize| {
+                        let decl = &schedule.buffers[*index];
+                        let (offset, bytes) = match decl.token_bytes {
+                            Some(per_token) => (per_token * first as u64, per_token * tokens as u64),
+                            None => (0, decl.bytes),
+                        };
+                        let buffer = found[*index].as_ref().unwrap_or(&params);
+                        BufferSlice { buffer, offset, bytes: bytes.next_multiple_of(4) }
+                    };
+                    let slices: Vec<_> = step.buffers.iter().map(slice).collect();
+                    row.push(backend.bind(&kernels[kernel], &slices)?);
+                }
+                bindings.push(row);
+            }
+            chunks.push(Chunk { first, tokens, params, bindings });
+        }
+        Ok(Bound { inner: Arc::clone(&self.inner), max_tokens, chunks })
+    }
+
+    fn refuse_surplus(&self, io: &Io<'_, B>) -> Result<()> {
+        let wants = |contents| self.inner.schedule.buffers.iter().any(|buffer| buffer.contents == contents);
+        for (name, given, contents) in [
+            ("token_ids", io.token_ids.is_some(), Contents::TokenIds),
+            ("output", io.output.is_some(), Contents::Output),
+        ] {
+            if given && !wants(contents) {
+                return Err(Error::invalid(name, "a buffer", "none", "this plan does not use it: pass None"));
+            }
+        }
+        Ok(())
+    }
+
+    /// No buffer may stand for two contents: a kernel would read what another writes.
+    fn refuse_aliases(&self, found: &[Option<B::Buffer>]) -> Result<()> {
+        let buffers = &self.inner.schedule.buffers;
+        for (at, a) in found.iter().enumerate() {
+            for (other, b) in found.iter().enumerate().take(at) {
+                if let (Some(a), Some(b)) = (a, b) {
+                    if self.inner.backend.same_buffer(a, b) {
+                        return Err(Error::invalid(
+                            buffers[at].name.clone(),
+                            format!("the buffer that is also {}", buffers[other].name),
+                            "a buffer of its own",
+                            "give input, output and scratch different buffers",
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn too_short(name: &str, found: u64, expected: u64) -> Error {
+    Error::invalid(
+        name.to_string(),
+        format!("{found} bytes"),
+        format!("at least {expected} bytes"),
+        "allocate a larger buffer",
+    )
+}
+
+/// Where the rows of a packed matrix come from.
+fn source<'a>(
+    name: &str,
+    group: usize,
+    router: &'a RouterWeights<'a>,
+    weights: Option<&'a MoeWeights<'a>>,
+) -> Option<GroupSource<'a>> {
+    let gate_up = |mlp: &'a MlpWeights<'a>| GroupSource {
+        matrices: mlp.gate.iter().chain([&mlp.up]).collect(),
+        biases: mlp.gate_bias.iter().chain(&mlp.up_bias).map(Vec::as_slice).collect(),
+    };
+    let down = |mlp: &'a MlpWeights<'a>| GroupSource {
+        matrices: vec![&mlp.down],
+        biases: mlp.down_bias.iter().map(Vec::as_slice).collect(),
+    };
+    match name {
+        "router" => Some(GroupSource {
+            matrices: router.weight.iter().collect(),
+            biases: router.bias.iter().map(Vec::as_slice).collect(),
+        }),
+        "experts.gate_up" => weights?.experts.get(group).map(gate_up),
+        "experts.down" => weights?.experts.get(group).map(down),
+        "shared.gate_up" => weights?.shared.as_ref().map(gate_up),
+        "shared.down" => weights?.shared.as_ref().map(down),
+        _ => None,
+    }
+}
+
+/// A plan with its buffers.
+pub struct Bound<B: Backend> {
+    inner: Arc<Inner<B>>,
+    max_tokens: usize,
+    chunks: Vec<Chunk<B>>,
+}
+
+struct Chunk<B: Backend> {
+    first: usize,
+    tokens: usize,
+    params: B::Buffer,
+    /// By bucket and step.
+    bindings: Vec<Vec<B::Binding>>,
+}
+
+impl<B: Backend> Bound<B> {
+    /// Most tokens that plan and buffers allow.
+    pub fn max_tokens(&self) -> usize {
+        self.max_tokens
+    }
+
+    /// Records the whole plan.
+    ///
+    /// # Errors
+    /// More tokens than [`Bound::max_tokens`].
+    pub fn record(&self, encoder: &mut B::Encoder, tokens: &Tokens<'_, B>) -> Result<()> {
+        self.record_steps(encoder, tokens, &|_, _| true)
+    }
+
+    /// Records ids and weights only.
+    ///
+    /// # Errors
+    /// As [`Bound::record`].
+    pub fn record_routing(&self, encoder: &mut B::Encoder, tokens: &Tokens<'_, B>) -> Result<()> {
+        self.record_steps(encoder, tokens, &|_, step| step.part == Part::Routing)
+    }
+
+    /// Records everything behind ids and weights, which the caller has written: ids in `0..E`, or -1
+    /// for no contribution.
+    ///
+    /// # Errors
+    /// As [`Bound::record`].
+    pub fn record_experts(&self, encoder: &mut B::Encoder, tokens: &Tokens<'_, B>) -> Result<()> {
+        self.record_steps(encoder, tokens, &|_, step| step.part == Part::Experts)
+    }
+
+    /// Records the steps that `wanted` picks by position and step: for timing and comparing single steps.
+    ///
+    /// # Errors
+    /// As [`Bound::record`].
+    pub fn record_steps(
+        &self,
+        encoder: &mut B::Encoder,
+        tokens: &Tokens<'_, B>,
+        wanted: &dyn Fn(usize, &Step) -> bool,
+    ) -> Result<()> {
+        let Inner { backend, schedule, owned: _, kernels, kernel_of, counts } = &*self.inner;
+        let (count, from) = match *tokens {
+            Tokens::Host(count) => (count, (counts, 4 * count as u64)),
+            Tokens::Device(buffer, offset) => (self.max_tokens, (buffer, offset)),
+        };
+        if count > self.max_tokens {
+            return Err(Error::invalid(
+                "tokens",
+                count,
+                format!("at most {}", self.max_tokens),
+                "plan for more tokens and give larger buffers",
+            ));
+        }
+        for chunk in self.chunks.iter().take_while(|chunk| chunk.first < count) {
+            backend.copy_word(encoder, from, &chunk.params);
+            let tokens = chunk.tokens.min(count - chunk.first);
+            let bucket = schedule.bucket(tokens);
+            let steps = schedule.buckets[bucket].steps.iter().enumerate();
+            let mut launches = steps.filter(|(at, step)| wanted(*at, step)).map(|(at, step)| Launch {
+                kernel: &kernels[kernel_of[bucket][at]],
+                binding: &chunk.bindings[bucket][at],
+                workgroups: step.grid.workgroups(tokens),
+            });
+            backend.launch(encoder, &mut launches)?;
+        }
+        Ok(())
+    }
+
+    /// The steps that a call with `tokens` tokens runs (those of its first chunk).
+    pub fn steps(&self, tokens: usize) -> &[Step] {
+        let schedule = &self.inner.schedule;
+        &schedule.buckets[schedule.bucket(tokens.min(schedule.chunk_tokens))].steps
+    }
+}

@@ -1,0 +1,207 @@
+//! Whole layers: every backend against the reference.
+
+use fastrand::Rng;
+use moewe::host::Outcome;
+use moewe::reference::{self, Inputs};
+use moewe::spec::*;
+use moewe::{Options, numerics};
+
+use crate::rig::{AUTO, GEMV, RandomLayer, TILED, deepseek_like, gpu, random_spec};
+
+/// Largest |a - b| in units of one f32 ulp of the row's largest value: a row is a sum of products of
+/// one size, so its rounding errors have the size of its largest terms.
+const ROW_TOLERANCE: f32 = 1e-5;
+/// Scores pass one exponential, which WGSL gives to 3 + 2|x| ulp.
+const WEIGHT_TOLERANCE: f32 = 1e-5;
+
+/// Tokens whose selection is not a near tie: there each backend must choose the same experts.
+fn compare(layer: &RandomLayer, want: &reference::Layer, got: &Outcome, what: &str) {
+    let (k, h) = (layer.spec.top_k, layer.spec.hidden_size);
+    let tokens = want.output.len() / h;
+    let mut compared = 0;
+    for token in 0..tokens {
+        let slots = token * k..(token + 1) * k;
+        if want.routed.topk_ids[slots.clone()] != got.topk_ids[slots.clone()] {
+            // Two keys closer than the exponential's error may change places; then the same experts
+            // must be there in another order, or the case says nothing.
+            let sorted = |ids: &[i32]| {
+                let mut ids = ids.to_vec();
+                ids.sort_unstable();
+                ids
+            };
+            let same = sorted(&want.routed.topk_ids[slots.clone()]) == sorted(&got.topk_ids[slots.clone()]);
+            assert!(
+                same || near_tie(layer, want, token),
+                "{what}: token {token}: ids {:?}, expected {:?}",
+                &got.topk_ids[slots.clone()],
+                &want.routed.topk_ids[slots]
+            );
+            continue;
+        }
+        for slot in slots {
+            let (want, got) = (want.routed.topk_weights[slot], got.topk_weights[slot]);
+            let close = (want - got).abs() <= WEIGHT_TOLERANCE * want.abs().max(1.0);
+            assert!(close, "{what}: weight of slot {slot}: {got}, expected {want}");
+        }
+        let want = &want.output[token * h..(token + 1) * h];
+        let got = &got.output[token * h..(token + 1) * h];
+        let largest = want.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let ulp = match layer.spec.precision.output {
+            FloatType::F32 => 0.0,
+            FloatType::F16 => 1.0 / 1024.0,
+            FloatType::Bf16 => 1.0 / 128.0,
+        };
+        for (at, (want, got)) in want.iter().zip(got).enumerate() {
+            let allowed = ROW_TOLERANCE * largest.max(1.0) + ulp * want.abs() + 1e-7 * ulp;
+            let close = (want - got).abs() <= allowed || (want.is_infinite() && want == got);
+            assert!(close, "{what}: token {token} value {at}: {got}, expected {want} within {allowed}");
+        }
+        compared += 1;
+    }
+    assert!(tokens == 0 || compared > 0, "{what}: nothing was compared");
+}
+
+/// Whether two experts' keys (or two groups' sums) lie within rounding of each other.
+fn near_tie(layer: &RandomLayer, want: &reference::Layer, token: usize) -> bool {
+    let outputs = layer.spec.router_outputs();
+    let logits = &want.routed.logits[token * outputs..(token + 1) * outputs];
+    let bias = |e: usize| layer.selection_bias.as_ref().map_or(0.0, |bias| bias[e]);
+    let RoutingMethod::TopK { score, .. } = layer.spec.routing.method else { return false };
+    let keys: Vec<f32> = (0..outputs)
+        .map(|e| match score {
+            Score::Sigmoid => numerics::sigmoid(logits[e]) + bias(e),
+            Score::SqrtSoftplus => numerics::sqrt_softplus(logits[e]) + bias(e),
+            Score::Softmax => logits[e].exp() / logits.iter().map(|l| l.exp()).sum::<f32>() + bias(e),
+            Score::Identity => logits[e] + bias(e),
+        })
+        .collect();
+    let near = |a: f32, b: f32| (a - b).abs() < 2e-6 * (1.0 + a.abs());
+    (0..outputs).any(|a| (0..a).any(|b| near(keys[a], keys[b])))
+}
+
+fn check(layer: &RandomLayer, tokens: usize, options: &Options, what: &str) {
+    let (hidden_states, token_ids) = layer.inputs(tokens, 7);
+    let want = layer.reference(&hidden_states, token_ids.as_deref());
+    let inputs = Inputs { hidden_states: &hidden_states, token_ids: token_ids.as_deref(), logits: None };
+    let cpu = layer.on_cpu(tokens.max(1), options, None);
+    compare(layer, &want, &cpu.run(&inputs).unwrap(), &format!("cpu: {what}"));
+    let session = layer.on_gpu(tokens.max(1), options);
+    let got = session.run(&inputs).unwrap();
+    compare(layer, &want, &got, &format!("wgpu: {what}"));
+    let again = session.run(&inputs).unwrap();
+    let bits = |outcome: &Outcome| outcome.output.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&got), bits(&again), "wgpu: {what}: two runs differ");
+}
+
+/// Random specs a run: 40 here, more through MOEWE_CASES.
+fn cases() -> u64 {
+    std::env::var("MOEWE_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(40)
+}
+
+#[test]
+fn random_layers_agree_with_the_reference() {
+    for seed in 0..cases() {
+        let rng = &mut Rng::with_seed(0x5eed + seed);
+        let layer = RandomLayer::new(random_spec(rng), seed);
+        let tokens = [1, 2, 3, 7, 9, 65][rng.usize(0..6)];
+        let options = [AUTO, GEMV, TILED][rng.usize(0..3)];
+        check(&layer, tokens, &options, &format!("seed {seed}, {tokens} tokens, {options:?}, {:?}", layer.spec));
+    }
+}
+
+#[test]
+fn each_kernel_takes_each_number_of_tokens() {
+    let layer = RandomLayer::new(deepseek_like(), 1);
+    for tokens in [0, 1, 2, 3, 4, 5, 127, 128, 129] {
+        for options in [AUTO, GEMV, TILED] {
+            check(&layer, tokens, &options, &format!("{tokens} tokens, {options:?}"));
+        }
+    }
+}
+
+#[test]
+fn weights_may_be_cut_into_segments_of_any_size() {
+    let mut spec = deepseek_like();
+    spec.experts.gate_up_bias = true;
+    for format in [WeightFormat::Bf16, WeightFormat::Fp8Block { block: [16, 16], scale: ScaleFormat::F32 }] {
+        spec.experts.format = format;
+        let layer = RandomLayer::new(spec.clone(), 2);
+        for segment_bytes in [512, 1000, 4096, 64 << 10] {
+            for decode_tokens in [0, usize::MAX] {
+                let options = Options { segment_bytes: Some(segment_bytes), decode_tokens };
+                check(&layer, 70, &options, &format!("{segment_bytes} bytes, {format:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn one_expert_may_take_every_token() {
+    let mut spec = deepseek_like();
+    spec.top_k = 1;
+    spec.routing.method =
+        RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
+    let mut layer = RandomLayer::new(spec, 3);
+    layer.selection_bias = Some((0..12).map(|e| if e == 7 { 10.0 } else { -3.0 }).collect());
+    check(&layer, 130, &TILED, "expert 7 takes all");
+    check(&layer, 130, &GEMV, "expert 7 takes all");
+}
+
+#[test]
+fn every_expert_may_be_chosen() {
+    let mut spec = deepseek_like();
+    spec.top_k = 12;
+    spec.routing.method = RoutingMethod::TopK { score: Score::Softmax, key: SelectionKey::Score, groups: None };
+    check(&RandomLayer::new(spec, 4), 9, &AUTO, "k = E");
+}
+
+#[test]
+fn a_thousand_experts_are_not_too_many() {
+    let mut spec = deepseek_like();
+    spec.num_experts = 1023;
+    spec.experts.intermediate_size = 4;
+    spec.hidden_size = 16;
+    spec.routing.method =
+        RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
+    let layer = RandomLayer::new(spec, 5);
+    check(&layer, 70, &TILED, "E = 1023");
+    check(&layer, 3, &GEMV, "E = 1023");
+}
+
+#[test]
+fn token_chunks_give_the_same_rows() {
+    use moewe::schedule::DeviceFacts;
+    let layer = RandomLayer::new(deepseek_like(), 6);
+    let tokens = 300;
+    let (hidden_states, _) = layer.inputs(tokens, 8);
+    let want = layer.reference(&hidden_states, None);
+    // A binding of 40,000 bytes holds the expert rows of 83 tokens: chunks of 64.
+    let facts = DeviceFacts { backend: "small", max_binding_bytes: 40_000, max_workgroups: 65_535 };
+    let cpu = layer.on_cpu(tokens, &AUTO, Some(facts));
+    assert_eq!(cpu.plan().schedule().chunk_tokens, 64);
+    let inputs = Inputs { hidden_states: &hidden_states, token_ids: None, logits: None };
+    compare(&layer, &want, &cpu.run(&inputs).unwrap(), "cpu in chunks");
+    let gpu = moewe::backend::wgpu::Wgpu::with_binding_limit(gpu(), 40_000);
+    let plan = moewe::Plan::new(gpu, &layer.spec, &layer.weights(), tokens, &AUTO).unwrap();
+    assert_eq!(plan.schedule().chunk_tokens, 64);
+    let session = moewe::host::Session::new(plan, &layer.spec).unwrap();
+    compare(&layer, &want, &session.run(&inputs).unwrap(), "wgpu in chunks");
+}
+
+#[test]
+fn the_count_of_tokens_may_come_from_the_device() {
+    use moewe::Tokens;
+    use moewe::host::Host;
+    let layer = RandomLayer::new(deepseek_like(), 7);
+    let (hidden_states, _) = layer.inputs(20, 9);
+    let want = layer.reference(&hidden_states[..13 * 40], None);
+    let session = layer.on_gpu(20, &AUTO);
+    session.write(&Inputs { hidden_states: &hidden_states, token_ids: None, logits: None }).unwrap();
+    let count = gpu().upload("count", &[99, 13]).unwrap();
+    let mut encoder = gpu().encoder();
+    session.bound().record(&mut encoder, &Tokens::Device(&count, 4)).unwrap();
+    gpu().submit(encoder).unwrap();
+    compare(&layer, &want, &session.outcome(13).unwrap(), "13 tokens");
+    let untouched = session.outcome(20).unwrap().output[13 * 40..].iter().all(|value| value.is_nan());
+    assert!(untouched, "rows beyond the count were written");
+}
