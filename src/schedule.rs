@@ -515,7 +515,12 @@ impl<'a> Lowering<'a> {
             | RoutingMethod::JointNorm { num_shared: _, global_scale: _ }
             | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => None,
         };
-        let Router::Linear { input: _, format, bias, transform: _ } = *router else { return Ok(()) };
+        let (format, bias) = match *router {
+            Router::Linear { input: _, format, bias, transform: _ } => (format, bias),
+            Router::Mlp { state_size: _, rms_norm_eps: _ } | Router::Given { transform: _ } => {
+                return Err(refuse(self.facts.backend, "router", router, "no kernel for it yet").into());
+            }
+        };
         let router_matrix = self.place(PackedMatrix {
             name: "router",
             groups: 1,

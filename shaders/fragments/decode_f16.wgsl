@@ -5,7 +5,7 @@ fn decode_f16(half: u32) -> f32 {
     let sign = (half & 0x8000u) << 16u;
     let shifted = (magnitude << 13u) + 0x38000000u;
     if magnitude >= 0x7c00u {
-        return bitcast<f32>(shifted + 0x38000000u | sign);
+        return bitcast<f32>((shifted + 0x38000000u) | sign);
     }
     if magnitude < 0x400u {
         // m * 2^-24 as (1 + m / 1024) * 2^-14 - 2^-14.

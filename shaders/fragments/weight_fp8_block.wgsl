@@ -5,7 +5,7 @@ fn decode_e4m3(code: u32) -> f32 {
     let magnitude = code & 0x7fu;
     let shifted = bitcast<f32>((magnitude << 20u) + 0x3c000000u);
     let value = select(shifted, 2.0 * (shifted - 0.0078125), magnitude < 8u);
-    let bits = bitcast<u32>(value) | (code & 0x80u) << 24u;
+    let bits = bitcast<u32>(value) | ((code & 0x80u) << 24u);
     return bitcast<f32>(select(bits, 0x7fc00000u, magnitude == 0x7fu));
 }
 
@@ -13,8 +13,8 @@ fn weight_quad(words: vec4<u32>, quad: u32) -> vec4<f32> {
     let word = words[quad];
     return vec4<f32>(
         decode_e4m3(word & 0xffu),
-        decode_e4m3(word >> 8u & 0xffu),
-        decode_e4m3(word >> 16u & 0xffu),
+        decode_e4m3((word >> 8u) & 0xffu),
+        decode_e4m3((word >> 16u) & 0xffu),
         decode_e4m3(word >> 24u),
     );
 }

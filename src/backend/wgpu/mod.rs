@@ -3,8 +3,10 @@
 //! Takes clones of the host's device and queue and asks for nothing: [`required_features`] and
 //! [`required_limits`] say what a host should request. Never polls, blocks or sets handlers.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use ::wgpu;
@@ -25,15 +27,19 @@ pub fn required_limits() -> wgpu::Limits {
     wgpu::Limits::default()
 }
 
-/// A host's device and queue.
+/// A host's device and queue. Clones share their compiled kernels: the layers of a model, which mostly
+/// differ in their weights only, compile once.
 #[derive(Debug, Clone)]
 pub struct Wgpu {
     device: wgpu::Device,
     queue: wgpu::Queue,
     max_binding_bytes: u64,
+    /// Kernels by their whole source text.
+    kernels: Arc<Mutex<HashMap<String, Arc<WgpuKernel>>>>,
 }
 
 /// A pipeline with its layout.
+#[derive(Debug)]
 pub struct WgpuKernel {
     pipeline: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
@@ -44,7 +50,7 @@ impl Wgpu {
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Self {
         let limits = device.limits();
         let max_binding_bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-        Self { device, queue, max_binding_bytes }
+        Self { device, queue, max_binding_bytes, kernels: Arc::default() }
     }
 
     /// The same device with smaller bindings: weights and activations are cut finer.
@@ -87,7 +93,7 @@ impl Wgpu {
 
 impl Backend for Wgpu {
     type Buffer = wgpu::Buffer;
-    type Kernel = WgpuKernel;
+    type Kernel = Arc<WgpuKernel>;
     type Binding = wgpu::BindGroup;
     type Encoder = wgpu::CommandEncoder;
 
@@ -126,8 +132,13 @@ impl Backend for Wgpu {
         })
     }
 
-    fn compile(&self, name: &str, operation: &Operation) -> Result<WgpuKernel> {
+    fn compile(&self, name: &str, operation: &Operation) -> Result<Arc<WgpuKernel>> {
         let source = operation.source();
+        let text = source.wgsl();
+        let known = self.kernels.lock().unwrap_or_else(PoisonError::into_inner).get(&text).cloned();
+        if let Some(kernel) = known {
+            return Ok(kernel);
+        }
         let entries: Vec<_> = source
             .bindings
             .iter()
@@ -147,10 +158,10 @@ impl Backend for Wgpu {
                 count: None,
             })
             .collect();
-        self.scoped(&|| format!("compiling {} for {name}", source.kernel()), || {
+        let kernel = self.scoped(&|| format!("compiling {} for {name}", source.kernel()), || {
             let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
                 label: Some(source.kernel()),
-                source: wgpu::ShaderSource::Wgsl(source.wgsl().into()),
+                source: wgpu::ShaderSource::Wgsl(text.as_str().into()),
             });
             let layout = self
                 .device
@@ -168,11 +179,13 @@ impl Backend for Wgpu {
                 compilation_options: wgpu::PipelineCompilationOptions::default(),
                 cache: None,
             });
-            WgpuKernel { pipeline, layout }
-        })
+            Arc::new(WgpuKernel { pipeline, layout })
+        })?;
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(Arc::clone(kernels.entry(text).or_insert(kernel)))
     }
 
-    fn bind(&self, kernel: &WgpuKernel, slices: &[BufferSlice<'_, Self>]) -> Result<wgpu::BindGroup> {
+    fn bind(&self, kernel: &Arc<WgpuKernel>, slices: &[BufferSlice<'_, Self>]) -> Result<wgpu::BindGroup> {
         let entries: Vec<_> = slices
             .iter()
             .enumerate()
