@@ -1,5 +1,6 @@
-//! The test suite.
+//! The test suite. `MOEWE_ADAPTER` picks the adapter under test by a part of its name.
 
+mod binding;
 mod configs;
 mod contracts;
 mod families;
@@ -9,4 +10,9 @@ mod layers;
 mod layouts;
 mod lockstep;
 mod rig;
+mod routing;
 mod samples;
+mod scalars;
+#[cfg(feature = "cli")]
+mod tool;
+mod witnesses;

@@ -164,6 +164,13 @@ impl RandomLayer {
         }
     }
 
+    /// Makes the selection bias as small as the differences of scores, so that both decide.
+    pub fn soften_bias(&mut self) {
+        for bias in self.selection_bias.iter_mut().flatten() {
+            *bias *= 0.1;
+        }
+    }
+
     pub fn weights(&self) -> MoeWeights<'_> {
         MoeWeights {
             router: RouterWeights {

@@ -1,0 +1,240 @@
+//! `moewe run`.
+
+use serde_json::{Value, json};
+
+use super::{Said, arguments, backends, configure, copy_case, moewe, text};
+use crate::samples::{golden, says};
+
+const KEYS: [&str; 21] = [
+    "status",
+    "reason",
+    "backend",
+    "adapter",
+    "passed_over",
+    "checkpoint",
+    "family",
+    "model_type",
+    "layer",
+    "tokens",
+    "checked_tokens",
+    "seed",
+    "unknown_keys",
+    "notes",
+    "spec",
+    "memory",
+    "stages",
+    "timing_method",
+    "tokens_per_s",
+    "errors",
+    "tokens_per_expert",
+];
+
+fn run(checkpoint: Option<&str>, backend: &str, rest: &[&str]) -> Said {
+    let first: Vec<&str> = ["run"].into_iter().chain(checkpoint).collect();
+    moewe(arguments(&first, backend, rest))
+}
+
+#[track_caller]
+fn report(checkpoint: Option<&str>, backend: &str, rest: &[&str]) -> (Value, i32) {
+    let said = run(checkpoint, backend, &[rest, &["--json"]].concat());
+    let report = said.json();
+    let keys: Vec<&str> = report.as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(keys, KEYS);
+    (report, said.code)
+}
+
+#[track_caller]
+fn agrees(report: &Value) {
+    assert_eq!(report["status"], "pass", "{report}");
+    let errors = &report["errors"];
+    assert_eq!(errors["topk_ids"]["wrong_tokens"], 0);
+    for name in ["topk_weights", "output_calc_diff", "output_row_relative"] {
+        assert!(errors[name]["error"].as_f64().unwrap() <= errors[name]["tolerance"].as_f64().unwrap(), "{errors}");
+    }
+    let shares: f64 = report["stages"].as_array().unwrap().iter().map(|stage| stage["share"].as_f64().unwrap()).sum();
+    assert!((shares - 1.0).abs() < 1e-9, "{report}");
+    assert!(report["tokens_per_s"].as_f64().unwrap() > 0.0);
+    assert!(report["timing_method"].as_str().unwrap().ends_with("median of 5"));
+    for part in ["weights_bytes", "scratch_bytes", "io_bytes"] {
+        assert!(report["memory"][part].as_u64().unwrap() > 0);
+    }
+}
+
+#[test]
+fn the_sample_agrees_with_the_reference_on_every_backend() {
+    let mut counts = vec![];
+    for backend in backends() {
+        let (report, code) = report(None, backend, &["--tokens", "9", "--seed", "5"]);
+        assert_eq!((code, &report["backend"]), (0, &json!(backend)), "{report}");
+        assert_eq!([&report["tokens"], &report["seed"], &report["layer"]], [&json!(9), &json!(5), &json!(3)]);
+        assert_eq!([&report["family"], &report["model_type"]], ["deepseek_v3", "deepseek_v3"]);
+        assert_eq!(report["spec"]["routing.routed_scaling_factor"], "2.5");
+        if backend == "reference" {
+            assert_eq!(
+                [&report["errors"], &report["stages"], &report["memory"]],
+                [&Value::Null, &json!([]), &Value::Null]
+            );
+        } else {
+            agrees(&report);
+            assert_eq!(report["checked_tokens"], 9);
+        }
+        counts.push(report["tokens_per_expert"].clone());
+    }
+    let total: u64 = counts[0].as_array().unwrap().iter().map(|count| count.as_u64().unwrap()).sum();
+    assert_eq!((counts[0].as_array().unwrap().len(), total), (12, 9 * 4));
+    assert!(counts.iter().all(|found| *found == counts[0]), "{counts:?}");
+    assert_ne!(report(None, "cpu", &["--tokens", "9", "--seed", "6"]).0["tokens_per_expert"], counts[0]);
+}
+
+#[test]
+fn a_checkpoint_agrees_with_the_reference_on_every_backend() {
+    for backend in backends().into_iter().filter(|backend| *backend != "reference") {
+        for case in ["gpt_oss", "deepseek_v4_hash", "fp8_qwen3_moe_ue8m0"] {
+            let (report, code) = report(Some(text(&golden(case))), backend, &["--tokens", "20"]);
+            agrees(&report);
+            assert_eq!(code, 0);
+        }
+    }
+}
+
+#[test]
+fn the_text_has_every_section() {
+    for args in [&["run"][..], &[]] {
+        let said = moewe(arguments(args, "cpu", &[]));
+        assert_eq!(said.code, 0, "{}", said.stderr);
+        let parts = [
+            "backend      cpu",
+            "adapter      none",
+            "family       deepseek_v3 (model_type deepseek_v3), layer 3",
+            "spec\n",
+            "routing.routed_scaling_factor          2.5",
+            "memory needed",
+            "MiB",
+            "time per stage (wall clock, median of 5)",
+            "experts.gate_up ",
+            "tokens/s",
+            "compared with the reference (routing of 16 tokens, output of 16)",
+            "output_calc_diff",
+            "tokens per expert (12 experts",
+            "█",
+        ];
+        says(&said.stdout, &parts);
+    }
+}
+
+#[test]
+fn auto_takes_no_software_adapter_and_says_why() {
+    let (report, code) = report(None, "auto", &[]);
+    assert_eq!(code, 0, "{report}");
+    let passed_over = report["passed_over"].as_array().unwrap();
+    match report["backend"].as_str().unwrap() {
+        "cpu" => {
+            assert!(passed_over.iter().all(|passed| passed["reason"].as_str().unwrap().contains("--backend wgpu")))
+        }
+        backend => assert_eq!((backend, report["adapter"].is_string()), ("wgpu", true)),
+    }
+    // Who names an adapter wants that one.
+    if cfg!(feature = "wgpu") {
+        let (named, code) = self::report(None, "auto", &["--adapter", "no such thing"]);
+        assert_eq!((code, &named["status"], &named["backend"]), (3, &json!("unsupported"), &json!("wgpu")));
+        says(named["reason"].as_str().unwrap(), &["no such thing"]);
+        let reason = |passed: &Value| passed["reason"] == "does not match --adapter no such thing";
+        assert!(named["passed_over"].as_array().unwrap().iter().all(reason));
+    }
+    let said = run(None, "cpu", &["--adapter", "anything"]);
+    says(&said.stderr, &["warning: --adapter anything has no effect"]);
+}
+
+#[test]
+fn cuda_is_unsupported() {
+    let said = run(None, "cuda", &[]);
+    assert_eq!(said.code, 3);
+    says(&said.stderr, &["error: cuda", "this build has no cuda backend"]);
+    says(&said.stdout, &["routing.method"]);
+}
+
+#[test]
+fn an_unknown_key_is_a_warning_unless_strict() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_case("mixtral", dir.path());
+    configure(dir.path(), "expert_mystery", 1);
+    let path = Some(text(dir.path()));
+    let said = run(path, "cpu", &["--json"]);
+    assert_eq!((said.code, &said.json()["unknown_keys"]), (0, &json!(["expert_mystery"])));
+    assert_eq!(said.json()["status"], "pass");
+    says(&said.stderr, &["warning", "expert_mystery"]);
+    let said = run(path, "cpu", &["--json", "--strict"]);
+    assert_eq!((said.code, &said.json()["status"]), (1, &json!("pass")));
+    assert_eq!(run(None, "cpu", &["--strict"]).code, 0);
+}
+
+#[test]
+fn what_is_unknown_is_unsupported_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    for (key, value) in [("model_type", "mystery_moe"), ("dtype", "float3"), ("hidden_act", "mystery")] {
+        copy_case("mixtral", dir.path());
+        configure(dir.path(), key, value);
+        let (report, code) = report(Some(text(dir.path())), "cpu", &[]);
+        assert_eq!((code, &report["status"]), (3, &json!("unsupported")), "{report}");
+        says(report["reason"].as_str().unwrap(), &[key, value]);
+    }
+    let (report, code) = report(None, "cpu", &["--activations", "mystery"]);
+    assert_eq!((code, &report["status"]), (3, &json!("unsupported")));
+    says(report["reason"].as_str().unwrap(), &["--activations = mystery"]);
+}
+
+#[test]
+fn activations_are_quantised_only_on_demand() {
+    let fp8 = golden("fp8_deepseek_v3");
+    let (none, code) = report(Some(text(&fp8)), "cpu", &["--tokens", "2"]);
+    says(&none["notes"].to_string(), &["activation_scheme", "not applied"]);
+    assert_eq!((code, &none["spec"]["experts.activation_quant"]), (0, &json!("None")));
+    for scheme in ["dynamic", "dynamic-ue8m0"] {
+        let (dynamic, code) = report(Some(text(&fp8)), "cpu", &["--activations", scheme]);
+        assert_eq!(code, 3);
+        says(dynamic["reason"].as_str().unwrap(), &["activation_quant"]);
+        says(dynamic["spec"]["experts.activation_quant"].as_str().unwrap(), &["DynamicFp8"]);
+    }
+}
+
+#[test]
+fn the_checkpoints_dtype_is_the_input_type() {
+    let dir = tempfile::tempdir().unwrap();
+    for (dtype, input) in
+        [(json!("float16"), "F16"), (json!("float32"), "F32"), (json!("bfloat16"), "Bf16"), (json!(null), "Bf16")]
+    {
+        copy_case("mixtral", dir.path());
+        configure(dir.path(), "dtype", dtype);
+        let (report, code) = report(Some(text(dir.path())), "cpu", &[]);
+        agrees(&report);
+        assert_eq!((code, &report["spec"]["precision.input"]), (0, &json!(input)));
+    }
+}
+
+#[test]
+fn an_error_is_exit_1_on_both_streams() {
+    let said = run(Some("/no/such/folder"), "cpu", &["--json"]);
+    assert_eq!((said.code, &said.json()["status"]), (1, &json!("fail")));
+    says(said.json()["reason"].as_str().unwrap(), &["/no/such/folder"]);
+    says(&said.stderr, &["error: /no/such/folder"]);
+    let said = run(None, "cpu", &["--layer", "0"]);
+    assert_eq!(said.code, 1);
+    says(&said.stderr, &["error: layer: found 0"]);
+}
+
+#[test]
+fn usage_is_exit_2() {
+    for args in [
+        &["run", "--tokens", "0"][..],
+        &["run", "--tokens", "-1"],
+        &["run", "--backend", "metal"],
+        &["run", "--seed", "x"],
+        &["run", "a", "b"],
+        &["nonsense"],
+        &["--no-such-option"],
+    ] {
+        let said = moewe(args);
+        assert_eq!((said.code, said.stdout.as_str()), (2, ""), "{args:?}");
+    }
+    assert_eq!(moewe(["--help"]).code, 0);
+}
