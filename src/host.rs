@@ -181,7 +181,7 @@ impl<B: Host> Session<B> {
     pub fn write(&self, inputs: &Inputs<'_>) -> Result<usize> {
         let host = self.plan.backend();
         let tokens = inputs.hidden_states.len() / self.shape.hidden_size;
-        if tokens > self.bound.max_tokens() || inputs.hidden_states.len() % self.shape.hidden_size != 0 {
+        if tokens > self.bound.max_tokens() || !inputs.hidden_states.len().is_multiple_of(self.shape.hidden_size) {
             return Err(Error::invalid(
                 "hidden_states",
                 format!("{} values", inputs.hidden_states.len()),

@@ -1,5 +1,17 @@
 //! Mixture-of-Experts layers on any GPU, proved field by field against one reference.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable
+    )
+)]
+
 pub mod backend;
 pub mod checkpoint;
 pub mod error;
@@ -15,6 +27,8 @@ pub mod spec;
 mod support;
 pub mod weights;
 
+#[cfg(feature = "wgpu")]
+pub use ::wgpu;
 pub use backend::cpu::Cpu;
 #[cfg(feature = "wgpu")]
 pub use backend::wgpu::Wgpu;
@@ -25,5 +39,3 @@ pub use schedule::{Options, Schedule};
 pub use spec::MoeSpec;
 pub use support::Scope;
 pub use weights::{Matrix, MlpWeights, MoeWeights, RouterWeights, Tensor};
-#[cfg(feature = "wgpu")]
-pub use ::wgpu;

@@ -101,7 +101,7 @@ pub enum Tokens<'a, B: Backend> {
 pub struct Io<'a, B: Backend> {
     /// [T, H] of the spec's input type.
     pub hidden_states: &'a B::Buffer,
-    /// u32 [T]; required for hash routing, refused otherwise.
+    /// u32 `[T]`; required for hash routing, refused otherwise.
     pub token_ids: Option<&'a B::Buffer>,
     /// [T, H] of the spec's output type; required unless only the routing is planned.
     pub output: Option<&'a B::Buffer>,
@@ -256,14 +256,18 @@ impl<B: Backend> Plan<B> {
                 Contents::Segment { matrix, segment } => {
                     let packed = &schedule.matrices[matrix];
                     let target = create()?;
-                    packed.pack(segment, &|group| source(packed.name, group, router, weights), &mut |word, words| {
-                        backend.write(&target, 4 * word as u64, words)
-                    })?;
+                    packed.pack(
+                        segment,
+                        &|group| source(packed.name, group, router, weights),
+                        &mut |word, words| backend.write(&target, 4 * word as u64, words),
+                    )?;
                     Some(target)
                 }
                 Contents::Spans { matrix, segment } => filled(&schedule.matrices[matrix].span_table(segment))?,
                 Contents::ExpertSlots => filled(&(0..buffer.bytes as u32 / 4).collect::<Vec<_>>())?,
-                Contents::SelectionBias => filled(bytemuck::cast_slice(router.selection_bias.as_deref().unwrap_or(&[])))?,
+                Contents::SelectionBias => {
+                    filled(bytemuck::cast_slice(router.selection_bias.as_deref().unwrap_or(&[])))?
+                }
                 Contents::Tid2eid => filled(bytemuck::cast_slice(router.tid2eid.as_deref().unwrap_or(&[])))?,
             });
         }
@@ -384,15 +388,14 @@ impl<B: Backend> Plan<B> {
         let buffers = &self.inner.schedule.buffers;
         for (at, a) in found.iter().enumerate() {
             for (other, b) in found.iter().enumerate().take(at) {
-                if let (Some(a), Some(b)) = (a, b) {
-                    if self.inner.backend.same_buffer(a, b) {
-                        return Err(Error::invalid(
-                            buffers[at].name.clone(),
-                            format!("the buffer that is also {}", buffers[other].name),
-                            "a buffer of its own",
-                            "give input, output and scratch different buffers",
-                        ));
-                    }
+                let (Some(a), Some(b)) = (a, b) else { continue };
+                if self.inner.backend.same_buffer(a, b) {
+                    return Err(Error::invalid(
+                        buffers[at].name.clone(),
+                        format!("the buffer that is also {}", buffers[other].name),
+                        "a buffer of its own",
+                        "give input, output and scratch different buffers",
+                    ));
                 }
             }
         }

@@ -18,7 +18,7 @@ use crate::weights::{Matrix, MlpWeights, MoeWeights, RouterWeights};
 pub struct Inputs<'a> {
     /// [T, H].
     pub hidden_states: &'a [f32],
-    /// [T], for hash routing.
+    /// `[T]`, for hash routing.
     pub token_ids: Option<&'a [u32]>,
     /// [T, outputs], if the caller gives the logits.
     pub logits: Option<&'a [f32]>,
@@ -130,7 +130,7 @@ pub fn layer(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: Inputs<'_>) -> Re
 }
 
 fn token_count(spec: &MoeSpec, hidden_states: &[f32]) -> Result<usize> {
-    if hidden_states.len() % spec.hidden_size != 0 {
+    if !hidden_states.len().is_multiple_of(spec.hidden_size) {
         return Err(Error::invalid(
             "hidden_states",
             format!("{} values", hidden_states.len()),
@@ -331,9 +331,7 @@ fn mlp(shape: &ExpertMlp, weights: &MlpWeights<'_>, x: &[f32], weight: f32, posi
         .map(|row| {
             let up = dot(up, row, &x) + bias(up_bias, row);
             let value = match gate {
-                Some(gate) => {
-                    numerics::activate(shape.activation, dot(gate, row, &x) + bias(gate_bias, row), up)
-                }
+                Some(gate) => numerics::activate(shape.activation, dot(gate, row, &x) + bias(gate_bias, row), up),
                 None => numerics::activate(shape.activation, up, up),
             };
             value * before_down

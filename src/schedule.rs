@@ -71,7 +71,7 @@ pub struct Buffer {
 pub enum Contents {
     /// Caller: [T, H].
     HiddenStates,
-    /// Caller: u32 [T].
+    /// Caller: u32 `[T]`.
     TokenIds,
     /// Caller: [T, H].
     Output,
@@ -99,7 +99,7 @@ pub enum Contents {
     },
     /// `slots[id]` of each expert.
     ExpertSlots,
-    /// f32 [outputs].
+    /// f32 `[outputs]`.
     SelectionBias,
     /// i32 [`vocab_size`, k].
     Tid2eid,
@@ -361,10 +361,9 @@ fn scales_by_vector(backend: &'static str, format: WeightFormat) -> Result<(), U
         WeightFormat::Fp8Block { block: [_, columns], scale: _ } if columns % 16 != 0 => {
             Err(refuse(backend, "format.block", &format, "block columns must be a multiple of 16"))
         }
-        WeightFormat::F32
-        | WeightFormat::F16
-        | WeightFormat::Bf16
-        | WeightFormat::Fp8Block { block: _, scale: _ } => Ok(()),
+        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 | WeightFormat::Fp8Block { block: _, scale: _ } => {
+            Ok(())
+        }
     }
 }
 
@@ -409,8 +408,7 @@ impl<'a> Lowering<'a> {
         options: &'a Options,
     ) -> Result<Self> {
         let chunk_tokens = chunk_tokens(spec, scope, max_tokens, facts)?;
-        let schedule =
-            Schedule { scope, max_tokens, chunk_tokens, buffers: vec![], matrices: vec![], buckets: vec![] };
+        let schedule = Schedule { scope, max_tokens, chunk_tokens, buffers: vec![], matrices: vec![], buckets: vec![] };
         Ok(Self { spec, facts, options, schedule })
     }
 

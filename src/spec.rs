@@ -32,7 +32,7 @@ pub struct MoeSpec {
     pub lora: Option<Lora>,
     /// What the experts read.
     pub expert_input: ExpertInput,
-    /// A bias [H] on the routed sum (JetMoE).
+    /// A bias `[H]` on the routed sum (JetMoE).
     pub output_bias: bool,
     /// Which experts this device holds.
     pub placement: Placement,
@@ -53,7 +53,7 @@ pub enum Router {
         input: RouterInput,
         /// Type of W in the checkpoint.
         format: WeightFormat,
-        /// A bias [outputs] inside the logits (gpt-oss). Not the selection bias.
+        /// A bias `[outputs]` inside the logits (gpt-oss). Not the selection bias.
         bias: bool,
         /// What is done to the logits before the score.
         transform: LogitTransform,
@@ -125,7 +125,7 @@ pub struct Routing {
 /// Score and selection of k experts. Ties go to the lowest id; a chosen expert is removed by id.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RoutingMethod {
-    /// Score all, select the k largest keys, gather w = s[id] (never key - bias).
+    /// Score all, select the k largest keys, gather w = `s[id]` (never key - bias).
     TopK {
         /// s from l.
         score: Score,
@@ -139,7 +139,7 @@ pub enum RoutingMethod {
         /// Score of the chosen logits.
         score: ChosenScore,
     },
-    /// `ids = tid2eid[token_id]` (DeepSeek-V4's first layers); w = s[id]. Rows may repeat an id.
+    /// `ids = tid2eid[token_id]` (DeepSeek-V4's first layers); w = `s[id]`. Rows may repeat an id.
     Hash {
         /// s from l.
         score: Score,
@@ -182,7 +182,7 @@ pub enum ChosenScore {
     Sigmoid,
 }
 
-/// What selection compares. The bias [outputs] is f32 from checkpoint to addition.
+/// What selection compares. The bias `[outputs]` is f32 from checkpoint to addition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SelectionKey {
     /// s.
@@ -917,7 +917,7 @@ impl Routing {
 impl Groups {
     fn validate(&self, outputs: usize, top_k: usize) -> Result<()> {
         let Self { n_group, topk_group, score } = self;
-        if *n_group == 0 || outputs % n_group != 0 {
+        if *n_group == 0 || !outputs.is_multiple_of(*n_group) {
             return Err(Error::invalid(
                 "routing.groups.n_group",
                 n_group,

@@ -318,9 +318,9 @@ fn expect_shape(tensor: &Tensor<'_>, expected: &[usize], bytes: usize) -> Result
 pub struct RouterWeights<'a> {
     /// [outputs, H]; `None` if the caller gives the logits.
     pub weight: Option<Matrix<'a>>,
-    /// Bias inside the logits, [outputs].
+    /// Bias inside the logits, `[outputs]`.
     pub bias: Option<Vec<f32>>,
-    /// `e_score_correction_bias` [outputs]: for selection only, f32 whatever the checkpoint holds.
+    /// `e_score_correction_bias` `[outputs]`: for selection only, f32 whatever the checkpoint holds.
     pub selection_bias: Option<Vec<f32>>,
     /// Expert ids of each token id, [vocab_size, top_k].
     pub tid2eid: Option<Vec<i32>>,
@@ -335,11 +335,11 @@ pub struct MlpWeights<'a> {
     pub up: Matrix<'a>,
     /// [H, I].
     pub down: Matrix<'a>,
-    /// [I].
+    /// `[I]`.
     pub gate_bias: Option<Vec<f32>>,
-    /// [I].
+    /// `[I]`.
     pub up_bias: Option<Vec<f32>>,
-    /// [H].
+    /// `[H]`.
     pub down_bias: Option<Vec<f32>>,
 }
 

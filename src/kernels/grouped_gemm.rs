@@ -181,7 +181,8 @@ impl GroupedGemm {
                 fragments.push(shader!("grouped_gemm/tiled.wgsl"));
             }
         }
-        if matches!(self.variant, GemmVariant::Tiled) && matches!(self.rows, RowSource::Routed { top_k: _, num_experts: _ })
+        if matches!(self.variant, GemmVariant::Tiled)
+            && matches!(self.rows, RowSource::Routed { top_k: _, num_experts: _ })
         {
             // The list of tiles says how many rows there are.
             bindings.retain(|binding| binding.access != Access::Uniform);
@@ -195,7 +196,10 @@ impl GroupedGemm {
         let segment = arguments.read("segment")?;
         let spans = arguments.read("spans")?;
         let slots: Vec<i32> = match (self.variant, self.rows) {
-            (GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } | GemmVariant::Tiled, RowSource::Direct) => {
+            (
+                GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } | GemmVariant::Tiled,
+                RowSource::Direct,
+            ) => {
                 vec![0; arguments.tokens()?]
             }
             (
@@ -321,10 +325,7 @@ fn dot(layout: &PackedMatrix, segment: &[u32], span: &[u32], codes: usize, packe
     sum
 }
 
-fn activation_fragments(
-    activation: Option<Activation>,
-    constants: &mut Vec<(&'static str, Value)>,
-) -> Vec<Fragment> {
+fn activation_fragments(activation: Option<Activation>, constants: &mut Vec<(&'static str, Value)>) -> Vec<Fragment> {
     let silu = shader!("fragments/silu.wgsl");
     let limit_name = "SWIGLU_LIMIT";
     match activation {
@@ -354,4 +355,3 @@ fn activation_fragments(
         Some(Activation::Situ { beta: _, linear_beta: _ } | Activation::GeluTanh | Activation::GeluErf) => Vec::new(),
     }
 }
-

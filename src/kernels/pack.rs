@@ -109,9 +109,9 @@ impl PackedMatrix {
     /// Words of the codes, scales and bias of rows `begin..end`.
     fn words(&self, begin: usize, end: usize) -> [usize; 3] {
         let rows = end - begin;
-        let scales = self.blocks().map_or(0, |(_, per_row)| {
-            (self.block_of(end - 1) - self.block_of(begin) + 1) * self.pair * per_row
-        });
+        let scales = self
+            .blocks()
+            .map_or(0, |(_, per_row)| (self.block_of(end - 1) - self.block_of(begin) + 1) * self.pair * per_row);
         [rows * self.vecs_per_row() * VEC_WORDS, scales, if self.bias { rows } else { 0 }]
     }
 

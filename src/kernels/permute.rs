@@ -1,6 +1,6 @@
 //! `permute`: rows in order of expert, stable, and the list of tiles that the tiled GEMM walks.
 //!
-//! `topk_ids` [rows] to `sorted_rows` [rows] and `tiles` [1 + tiles] of (expert, first position,
+//! `topk_ids` `[rows]` to `sorted_rows` `[rows]` and `tiles` [1 + tiles] of (expert, first position,
 //! rows, 0), where `tiles[0].x` counts the rest. Ids outside `0..num_experts` are left out. Exact.
 
 use super::grouped_gemm::TILE_ROWS;

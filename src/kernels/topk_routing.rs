@@ -174,9 +174,7 @@ impl TopkRouting {
             let values: Vec<Option<f32>> =
                 chosen.iter().map(|&e| if keys[e] == 0 { None } else { scores[e] }).collect();
             let values = weigh(parts.chosen, &values);
-            for ((id, weight), (e, value)) in
-                ids.iter_mut().zip(weights).zip(chosen.iter().zip(self.scaled(&values)))
-            {
+            for ((id, weight), (e, value)) in ids.iter_mut().zip(weights).zip(chosen.iter().zip(self.scaled(&values))) {
                 *id = *e as u32;
                 *weight = value.to_bits();
             }
@@ -208,9 +206,11 @@ fn score_row(score: Score, logits: &[f32]) -> Vec<Option<f32>> {
         Score::SqrtSoftplus => each(numerics::sqrt_softplus),
         Score::Softmax => {
             let spoiled = logits.iter().any(|l| l.is_nan() || *l == f32::INFINITY);
-            let largest = logits.iter().copied().filter(|l| l.is_finite()).fold(None, |largest: Option<f32>, l| {
-                Some(largest.map_or(l, |largest| largest.max(l)))
-            });
+            let largest = logits
+                .iter()
+                .copied()
+                .filter(|l| l.is_finite())
+                .fold(None, |largest: Option<f32>, l| Some(largest.map_or(l, |largest| largest.max(l))));
             let Some(largest) = largest.filter(|_| !spoiled) else { return vec![None; logits.len()] };
             let exps: Vec<f32> = logits.iter().map(|l| (l - largest).exp()).collect();
             let sum: f32 = exps.iter().sum();

@@ -71,7 +71,8 @@ fn seam<B: Host + Clone>(backend: &B) {
     assert_eq!(routed, want.routed.topk_ids);
 
     // The caller drops the first slot of each token, as a padding id does.
-    let dropped: Vec<u32> = routed.iter().enumerate().map(|(at, &id)| if at % 3 == 0 { u32::MAX } else { id as u32 }).collect();
+    let dropped: Vec<u32> =
+        routed.iter().enumerate().map(|(at, &id)| if at % 3 == 0 { u32::MAX } else { id as u32 }).collect();
     backend.write(&ids, 0, &dropped).unwrap();
     let mut encoder = backend.encoder();
     bound.record_experts(&mut encoder, &Tokens::Host(tokens)).unwrap();
@@ -79,7 +80,8 @@ fn seam<B: Host + Clone>(backend: &B) {
     let with_dropped: Vec<f32> = bytemuck::cast_vec(backend.read(&y).unwrap());
     // Without its first expert, a token's row is the full row less that expert's weighted part; the
     // part itself is what changes when only that slot is kept, plus the shared expert in both.
-    let kept: Vec<u32> = routed.iter().enumerate().map(|(at, &id)| if at % 3 == 0 { id as u32 } else { u32::MAX }).collect();
+    let kept: Vec<u32> =
+        routed.iter().enumerate().map(|(at, &id)| if at % 3 == 0 { id as u32 } else { u32::MAX }).collect();
     backend.write(&ids, 0, &kept).unwrap();
     let mut encoder = backend.encoder();
     bound.record_experts(&mut encoder, &Tokens::Host(tokens)).unwrap();
@@ -110,7 +112,8 @@ fn layers_share_one_scratch() {
     wider.shared = None;
     let second = RandomLayer::new(wider, 45);
     let backend = gpu();
-    let plans = [&first, &second].map(|layer| Plan::new(backend.clone(), &layer.spec, &layer.weights(), 9, &AUTO).unwrap());
+    let plans =
+        [&first, &second].map(|layer| Plan::new(backend.clone(), &layer.spec, &layer.weights(), 9, &AUTO).unwrap());
     let layout = plans[0].scratch_layout().union(&plans[1].scratch_layout());
     assert!(layout.bytes() < plans[0].scratch_layout().bytes() + plans[1].scratch_layout().bytes());
     let scratch = Scratch::new(backend, &layout).unwrap();

@@ -36,7 +36,8 @@ fn kernels() -> BTreeMap<String, Source> {
 }
 
 fn parse(text: &str) -> (naga::Module, ModuleInfo) {
-    let module = naga::front::wgsl::parse_str(text).unwrap_or_else(|error| panic!("{}\n{text}", error.emit_to_string(text)));
+    let module =
+        naga::front::wgsl::parse_str(text).unwrap_or_else(|error| panic!("{}\n{text}", error.emit_to_string(text)));
     // No capability: the portability floor.
     let info = Validator::new(ValidationFlags::all(), Capabilities::empty()).validate(&module);
     let info = info.unwrap_or_else(|error| panic!("{}\n{text}", error.emit_to_string(text)));
@@ -60,7 +61,9 @@ fn constant_faults(source: &Source) -> Vec<String> {
     assert_eq!(declared.len(), source.constants.len(), "a constant is declared twice");
     let own = body.lines().filter_map(|line| line.strip_prefix("const ")?.split(':').next());
     let known: BTreeSet<String> = declared.iter().cloned().chain(own.map(str::to_string)).collect();
-    let capitals = |word: &&String| word.len() > 1 && word.chars().all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_');
+    let capitals = |word: &&String| {
+        word.len() > 1 && word.chars().all(|c| c.is_ascii_uppercase() || c.is_ascii_digit() || c == '_')
+    };
     let unread = declared.difference(&used).map(|name| format!("{name} is declared and not read"));
     let undeclared = used.iter().filter(capitals).filter(|word| !known.contains(*word));
     unread.chain(undeclared.map(|name| format!("{name} is read and not declared"))).collect()

@@ -19,7 +19,7 @@ fn spec_types() -> HashMap<String, bool> {
             _ => None,
         })
         .collect();
-    assert!(types.len() > 30 && types["Routing"] == false && types["RoutingMethod"]);
+    assert!(types.len() > 30 && !types["Routing"] && types["RoutingMethod"]);
     types
 }
 
@@ -163,7 +163,9 @@ impl<'ast> Visit<'ast> for Scan<'_> {
     fn visit_macro(&mut self, mac: &'ast syn::Macro) {
         if mac.path.is_ident("matches") {
             let named: HashSet<String> = mac.tokens.clone().into_iter().map(|token| token.to_string()).collect();
-            if let Some(name) = self.types.iter().find_map(|(name, many)| (*many && named.contains(name)).then_some(name)) {
+            if let Some(name) =
+                self.types.iter().find_map(|(name, many)| (*many && named.contains(name)).then_some(name))
+            {
                 let what = format!("`matches!` on {name}: use match");
                 self.report(syn::spanned::Spanned::span(&mac.path), &what);
             }

@@ -139,8 +139,7 @@ fn weights_may_be_cut_into_segments_of_any_size() {
 fn one_expert_may_take_every_token() {
     let mut spec = deepseek_like();
     spec.top_k = 1;
-    spec.routing.method =
-        RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
+    spec.routing.method = RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
     let mut layer = RandomLayer::new(spec, 3);
     layer.selection_bias = Some((0..12).map(|e| if e == 7 { 10.0 } else { -3.0 }).collect());
     check(&layer, 130, &TILED, "expert 7 takes all");
@@ -161,8 +160,7 @@ fn a_thousand_experts_are_not_too_many() {
     spec.num_experts = 1023;
     spec.experts.intermediate_size = 4;
     spec.hidden_size = 16;
-    spec.routing.method =
-        RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
+    spec.routing.method = RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
     let layer = RandomLayer::new(spec, 5);
     check(&layer, 70, &TILED, "E = 1023");
     check(&layer, 3, &GEMV, "E = 1023");

@@ -56,13 +56,10 @@ impl OwnedMatrix {
         let mut scale = None;
         let count = rows * cols;
         let (dtype, bytes): (_, Vec<u8>) = match format {
-            WeightFormat::F32 => {
-                (Dtype::F32, (0..count).flat_map(|_| (normal(rng) * spread).to_le_bytes()).collect())
+            WeightFormat::F32 => (Dtype::F32, (0..count).flat_map(|_| (normal(rng) * spread).to_le_bytes()).collect()),
+            WeightFormat::F16 => {
+                (Dtype::F16, (0..count).flat_map(|_| half::f16::from_f32(normal(rng) * spread).to_le_bytes()).collect())
             }
-            WeightFormat::F16 => (
-                Dtype::F16,
-                (0..count).flat_map(|_| half::f16::from_f32(normal(rng) * spread).to_le_bytes()).collect(),
-            ),
             WeightFormat::Bf16 => (
                 Dtype::BF16,
                 (0..count).flat_map(|_| half::bf16::from_f32(normal(rng) * spread).to_le_bytes()).collect(),
@@ -189,11 +186,12 @@ impl RandomLayer {
     pub fn inputs(&self, tokens: usize, seed: u64) -> (Vec<f32>, Option<Vec<u32>>) {
         let rng = &mut Rng::with_seed(seed);
         let input = self.spec.precision.input;
-        let hidden_states = (0..tokens * self.spec.hidden_size)
-            .map(|_| moewe::numerics::round_to(input, 2.0 * normal(rng)))
-            .collect();
+        let hidden_states =
+            (0..tokens * self.spec.hidden_size).map(|_| moewe::numerics::round_to(input, 2.0 * normal(rng))).collect();
         let ids = match self.spec.routing.method {
-            RoutingMethod::Hash { vocab_size, .. } => Some((0..tokens).map(|_| rng.u32(0..vocab_size as u32)).collect()),
+            RoutingMethod::Hash { vocab_size, .. } => {
+                Some((0..tokens).map(|_| rng.u32(0..vocab_size as u32)).collect())
+            }
             _ => None,
         };
         (hidden_states, ids)
@@ -259,7 +257,11 @@ pub fn deepseek_like() -> MoeSpec {
             nan_policy: NanPolicy::Zero,
         },
         shared: Some(SharedExperts {
-            mlp: ExpertMlp { intermediate_size: 20, activation: Activation::Swiglu { limit: Some(0.5) }, ..mlp.clone() },
+            mlp: ExpertMlp {
+                intermediate_size: 20,
+                activation: Activation::Swiglu { limit: Some(0.5) },
+                ..mlp.clone()
+            },
             gate: SharedGate::None,
             combination: SharedCombination::Sum,
         }),
@@ -314,10 +316,10 @@ fn random_mlp(rng: &mut Rng) -> ExpertMlp {
 
 /// A random spec of all that the kernels can do.
 pub fn random_spec(rng: &mut Rng) -> MoeSpec {
-    let num_experts = pick(rng, &[1, 2, 3, 6, 8, 12, 16, 60, 65]);
+    let num_experts: usize = pick(rng, &[1, 2, 3, 6, 8, 12, 16, 60, 65]);
     let score = pick(rng, &[Score::Softmax, Score::Sigmoid, Score::SqrtSoftplus, Score::Identity]);
     let key = pick(rng, &[SelectionKey::Score, SelectionKey::ScorePlusBias, SelectionKey::LogitPlusBias]);
-    let divisors: Vec<usize> = (1..=num_experts / 2).filter(|n| num_experts % n == 0).collect();
+    let divisors: Vec<usize> = (1..=num_experts / 2).filter(|n| num_experts.is_multiple_of(*n)).collect();
     let groups = (num_experts > 1 && rng.bool()).then(|| {
         let n_group = pick(rng, &divisors);
         let score = pick(rng, &[GroupScore::Top2SumOfKey, GroupScore::MaxOfScore, GroupScore::Top2SumOfScore]);

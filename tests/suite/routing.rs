@@ -44,7 +44,9 @@ impl Case<'_> {
         assert_eq!(self.logits.len(), n, "one token a case");
         let mut spec = self.spec.clone();
         spec.router = match spec.router {
-            Router::Linear { input, format, bias: _, transform } => Router::Linear { input, format, bias: true, transform },
+            Router::Linear { input, format, bias: _, transform } => {
+                Router::Linear { input, format, bias: true, transform }
+            }
             router => router,
         };
         let zeros = vec![0u8; 4 * n * n];
@@ -190,7 +192,8 @@ fn scores_keep_their_digits_at_both_ends() {
 #[test]
 fn groups_tie_to_the_lower_group_and_the_second_best_may_equal_the_best() {
     let groups = |score| Some(Groups { n_group: 2, topk_group: 1, score });
-    let method = |score| RoutingMethod::TopK { score: Score::Identity, key: SelectionKey::Score, groups: groups(score) };
+    let method =
+        |score| RoutingMethod::TopK { score: Score::Identity, key: SelectionKey::Score, groups: groups(score) };
     let logits = [3.0, 3.0, 0.0, 4.0, 2.0, 0.0];
     let spec = logits_are_inputs(6, method(GroupScore::Top2SumOfKey), 2);
     case(&spec, &logits).expect(&[0, 1], &[3.0, 3.0]);

@@ -1,9 +1,9 @@
 //! Scalars: the golden tables and activations for `numerics`, and every code of every decoder and
 //! encoder on the device against `numerics`, bit for bit.
 
+use moewe::Backend;
 use moewe::host::Host;
 use moewe::numerics;
-use moewe::Backend;
 use moewe::spec::Activation;
 use safetensors::SafeTensors;
 
@@ -95,8 +95,10 @@ fn map(fragments: &[&str], constants: &str, body: &str, words: &[u32]) -> Vec<u3
         }}"
     );
     let device = gpu().device();
-    let module = device
-        .create_shader_module(wgpu::ShaderModuleDescriptor { label: None, source: wgpu::ShaderSource::Wgsl(text.into()) });
+    let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
+        label: None,
+        source: wgpu::ShaderSource::Wgsl(text.into()),
+    });
     let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
         label: None,
         layout: None,
@@ -137,12 +139,7 @@ fn exact(what: &str, words: &[u32], got: &[u32], want: impl Fn(u32) -> f32) {
 #[test]
 fn every_code_decodes_on_the_device_as_in_numerics() {
     let halves: Vec<u32> = (0..=0xffff).collect();
-    let f16 = map(
-        &["fragments/decode_f16.wgsl"],
-        "",
-        "let result = bitcast<u32>(decode_f16(words[id.x]));",
-        &halves,
-    );
+    let f16 = map(&["fragments/decode_f16.wgsl"], "", "let result = bitcast<u32>(decode_f16(words[id.x]));", &halves);
     exact("f16", &halves, &f16, |word| numerics::decode_f16(word as u16));
     let codes: Vec<u32> = (0..256).collect();
     let body = "let result = bitcast<u32>(weight_quad(vec4<u32>(words[id.x] << 8u), 3u).y);";
@@ -197,7 +194,9 @@ fn activations_on_the_device_equal_the_golden_ones() {
             }
             Activation::SwigluOai { alpha, limit: Some(limit), beta } => (
                 "activate_swiglu_oai_clamped",
-                format!("const SWIGLU_LIMIT = {limit:?}f; const SWIGLU_ALPHA = {alpha:?}f; const SWIGLU_BETA = {beta:?}f;"),
+                format!(
+                    "const SWIGLU_LIMIT = {limit:?}f; const SWIGLU_ALPHA = {alpha:?}f; const SWIGLU_BETA = {beta:?}f;"
+                ),
             ),
             other => panic!("{other:?} has no fragment"),
         };

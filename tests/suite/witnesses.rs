@@ -23,8 +23,8 @@ fn witness(field: &'static str, change: fn(&mut MoeSpec)) -> Witness {
 fn witnesses() -> Vec<Witness> {
     let spec = deepseek_like();
     let MoeSpec {
-        hidden_size: _,  // a shape
-        num_experts: _,  // a shape
+        hidden_size: _, // a shape
+        num_experts: _, // a shape
         top_k: _,
         router,
         routing,
@@ -62,9 +62,9 @@ fn witnesses() -> Vec<Witness> {
     } = experts;
     let Some(SharedExperts { mlp: _, gate: _, combination: _ }) = shared else { panic!("shared") };
     let Precision {
-        input: _,  // type of a caller's buffer: lockstep
+        input: _, // type of a caller's buffer: lockstep
         output: _,
-        model: _,  // only with Rounding::Model
+        model: _, // only with Rounding::Model
         router_gemm: _,
         routing_weights: _,
         gate_up: _,

@@ -117,11 +117,7 @@ impl Backend for Cpu {
         to.write(0, &[word]);
     }
 
-    fn launch(
-        &self,
-        _encoder: &mut CpuEncoder,
-        launches: &mut dyn Iterator<Item = Launch<'_, Self>>,
-    ) -> Result<()> {
+    fn launch(&self, _encoder: &mut CpuEncoder, launches: &mut dyn Iterator<Item = Launch<'_, Self>>) -> Result<()> {
         for Launch { kernel, binding, workgroups: _ } in launches {
             enum Guard<'a> {
                 Read(std::sync::RwLockReadGuard<'a, Vec<u32>>),

@@ -84,9 +84,7 @@ impl Wgpu {
         }
         match failure {
             None => Ok(value),
-            Some(error) => {
-                Err(Error::Device { backend: "wgpu", operation: operation(), reason: error.to_string() })
-            }
+            Some(error) => Err(Error::Device { backend: "wgpu", operation: operation(), reason: error.to_string() }),
         }
     }
 }
@@ -108,8 +106,7 @@ impl Backend for Wgpu {
     fn create_buffer(&self, name: &str, bytes: u64, uniform: bool) -> Result<wgpu::Buffer> {
         let kind = if uniform { wgpu::BufferUsages::UNIFORM } else { wgpu::BufferUsages::STORAGE };
         let usage = kind | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
-        let descriptor =
-            wgpu::BufferDescriptor { label: Some(name), size: bytes, usage, mapped_at_creation: false };
+        let descriptor = wgpu::BufferDescriptor { label: Some(name), size: bytes, usage, mapped_at_creation: false };
         self.scoped(&|| format!("creating buffer {name} of {bytes} bytes"), || self.device.create_buffer(&descriptor))
     }
 
@@ -216,7 +213,8 @@ impl Backend for Wgpu {
         encoder: &mut wgpu::CommandEncoder,
         launches: &mut dyn Iterator<Item = Launch<'_, Self>>,
     ) -> Result<()> {
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("moewe"), timestamp_writes: None });
+        let mut pass =
+            encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("moewe"), timestamp_writes: None });
         for Launch { kernel, binding, workgroups: [x, y, z] } in launches {
             if x > 0 && y > 0 && z > 0 {
                 pass.set_pipeline(&kernel.pipeline);

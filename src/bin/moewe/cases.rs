@@ -64,10 +64,9 @@ fn read_manifest(path: &Path) -> Result<Vec<Map<String, Value>>> {
         serde_json::from_str(&text).map_err(|source| Error::Json { path: path.to_owned(), source })?;
     match manifest.remove("cases") {
         // What is no object has no name, and fails as a case of its own.
-        Some(Value::Array(cases)) => Ok(cases
-            .into_iter()
-            .map(|case| if let Value::Object(entry) = case { entry } else { Map::new() })
-            .collect()),
+        Some(Value::Array(cases)) => {
+            Ok(cases.into_iter().map(|case| if let Value::Object(entry) = case { entry } else { Map::new() }).collect())
+        }
         found => Err(Error::invalid(
             format!("{}: cases", path.display()),
             found.map_or_else(|| "no such key".to_owned(), |found| found.to_string()),

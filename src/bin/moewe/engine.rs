@@ -93,7 +93,8 @@ impl<B: Host + Clone> Engine for Device<B> {
             Work::Routing(router) => Plan::routing(backend, spec, router, max_tokens, &options)?,
         };
         let session = Session::new(plan, spec)?;
-        let device = Planned { session, spec, whole: work.is_layer(), name: self.backend.facts().backend, faults: &self.faults };
+        let device =
+            Planned { session, spec, whole: work.is_layer(), name: self.backend.facts().backend, faults: &self.faults };
         device.faults.check(device.name)?;
         Ok(Box::new(device))
     }

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 pub struct RandomTokens {
     /// [T, H].
     pub hidden_states: Vec<f32>,
-    /// [T], if the layer routes by token id.
+    /// `[T]`, if the layer routes by token id.
     pub token_ids: Option<Vec<u32>>,
 }
 

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::backends::BackendName;
 
 mod backends;
+mod case_file;
 mod cases;
 mod chart;
 mod check;
@@ -119,7 +120,7 @@ fn tolerance(text: &str) -> Result<f64, String> {
     }
 }
 
-/// How an invocation ended, in the order of what is told first.
+/// How an invocation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Exit {
     Passed,

@@ -31,9 +31,10 @@ pub fn relative(found: &[f32], expected: &[f32]) -> f64 {
 
 /// Largest |found - expected| / max(1, |expected|).
 pub fn relative_above_one(found: &[f32], expected: &[f32]) -> f64 {
-    largest(pairs(found, expected).map(|(found, expected)| {
-        quotient(difference(found, expected), f64::from(expected).abs().max(1.0))
-    }))
+    largest(
+        pairs(found, expected)
+            .map(|(found, expected)| quotient(difference(found, expected), f64::from(expected).abs().max(1.0))),
+    )
 }
 
 /// `1 - 2 sum(xy) / sum(x^2 + y^2)`, in f64; 0 if both are 0.

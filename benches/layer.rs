@@ -1,0 +1,50 @@
+//! A whole layer, by tokens, on the CPU backend and on the adapter (MOEWE_ADAPTER). Each case is checked
+//! against the reference before it is timed. `cargo bench -- --test` checks and times once.
+
+#[allow(dead_code, reason = "the rig serves the test suite first")]
+#[path = "../tests/suite/rig.rs"]
+mod rig;
+mod roofline;
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use moewe::host::{Host, Session};
+use moewe::reference::Inputs;
+use moewe::{Cpu, Plan, Tokens};
+
+use rig::{AUTO, RandomLayer, gpu};
+use roofline::{Device, bench_spec};
+
+fn layer<B: Host + Clone>(criterion: &mut Criterion, backend: &B, device: &Device) {
+    let layer = RandomLayer::new(bench_spec(), 1);
+    let most = 64;
+    let plan = Plan::new(backend.clone(), &layer.spec, &layer.weights(), most, &AUTO).unwrap();
+    let session = Session::new(plan, &layer.spec).unwrap();
+    let mut group = criterion.benchmark_group(format!("layer/{}", device.name));
+    for tokens in [1, 4, 16, most] {
+        let (hidden_states, _) = layer.inputs(tokens, 2);
+        let inputs = Inputs { hidden_states: &hidden_states, token_ids: None, logits: None };
+        let got = session.run(&inputs).unwrap();
+        let checked = roofline::check(&layer, &hidden_states, &got);
+        device.report(&layer.spec, &got.topk_ids, tokens, checked);
+        group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
+            bencher.iter_custom(|runs| {
+                let record = &mut |encoder: &mut B::Encoder, _| session.bound().record(encoder, &Tokens::Host(tokens));
+                let (seconds, _) = backend.time(runs as usize, record).unwrap();
+                std::time::Duration::from_secs_f64(seconds.iter().sum())
+            });
+        });
+    }
+}
+
+fn all(criterion: &mut Criterion) {
+    let cpu = Cpu::new();
+    layer(criterion, &cpu, &Device::cpu());
+    layer(criterion, gpu(), &Device::gpu(gpu()));
+}
+
+criterion_group! {
+    name = layers;
+    config = Criterion::default().sample_size(10);
+    targets = all
+}
+criterion_main!(layers);

@@ -1,0 +1,248 @@
+//! One golden case: every tensor of its file is an input, is judged, is exempt, or is named as not used yet.
+
+use moewe::families::{self, Request, Resolved};
+use moewe::host::Outcome;
+use moewe::reference::Inputs;
+use moewe::spec::{ActivationQuant, FloatType};
+use moewe::{Checkpoint, Error, Result, Scope, Unsupported};
+
+use crate::case_file::{Batch, CaseFile};
+use crate::cases::Case;
+use crate::engine::{Engine, Runner, Work};
+use crate::json::Status;
+use crate::metrics;
+
+/// Bound of an output's [`metrics::calc_diff`] where no manifest gives an absolute one.
+const CALC_DIFF: f64 = 1e-5;
+/// Bound of a weight's relative error where no manifest gives an absolute one.
+const RELATIVE: f64 = 1e-5;
+
+/// How the tolerances of the manifest are changed.
+#[derive(Debug, Clone, Copy)]
+pub struct Allowance {
+    /// Multiplies those of weights and outputs.
+    pub factor: f64,
+    /// `--atol`: replaces those of outputs, factor included.
+    pub atol: Option<f64>,
+}
+
+/// One comparison.
+#[derive(Debug, Clone)]
+pub struct Check {
+    /// Name of the expected tensor.
+    pub name: String,
+    /// What was found.
+    pub error: f64,
+    /// What is allowed.
+    pub tolerance: f64,
+}
+
+impl Check {
+    /// error / tolerance. Any error beyond a tolerance of 0, and NaN, is infinitely bad.
+    fn badness(&self) -> f64 {
+        let Self { name: _, error, tolerance } = self;
+        if *error == 0.0 {
+            0.0
+        } else if error.is_nan() || *tolerance == 0.0 {
+            f64::INFINITY
+        } else {
+            error / tolerance
+        }
+    }
+
+    fn holds(&self) -> bool {
+        self.error <= self.tolerance
+    }
+}
+
+/// What came of a case.
+#[derive(Debug, Default)]
+pub struct Verdict {
+    /// What ran.
+    pub checks: Vec<Check>,
+    /// Keys of its config that nobody knows.
+    pub unknown_keys: Vec<String>,
+    refused: Vec<String>,
+    failed: Vec<String>,
+}
+
+impl Verdict {
+    /// Of a case that cannot be looked at.
+    pub fn unjudged(error: &Error) -> Self {
+        let mut verdict = Self::default();
+        verdict.note(error);
+        verdict
+    }
+
+    /// Judges a case. Whatever stops it is a part of the verdict.
+    pub fn of(case: &Case, kind: &str, file: Result<CaseFile>, engine: &dyn Engine, allowance: Allowance) -> Self {
+        let mut verdict = Self::default();
+        if let Err(error) = verdict.judge(case, kind, file, engine, allowance) {
+            verdict.note(&error);
+        }
+        for check in verdict.checks.iter().filter(|check| !check.holds()) {
+            let Check { name, error, tolerance } = check;
+            verdict.failed.push(format!("{name}: error {error:.3e}, expected at most {tolerance:.3e}"));
+        }
+        verdict
+    }
+
+    /// The case as a whole.
+    pub fn status(&self) -> Status {
+        match (self.failed.is_empty(), self.refused.is_empty()) {
+            (true, true) => Status::Pass,
+            (true, false) => Status::Unsupported,
+            (false, _) => Status::Fail,
+        }
+    }
+
+    /// Why it did not pass.
+    pub fn reason(&self) -> Option<String> {
+        let reasons: Vec<&str> = self.failed.iter().chain(&self.refused).map(String::as_str).collect();
+        (!reasons.is_empty()).then(|| reasons.join("; "))
+    }
+
+    /// The check with the largest error for its tolerance; the first of equals.
+    pub fn worst(&self) -> Option<&Check> {
+        // `max_by` gives the last of equals.
+        self.checks.iter().rev().max_by(|a, b| a.badness().total_cmp(&b.badness()))
+    }
+
+    fn note(&mut self, error: &Error) {
+        match Status::of(error) {
+            Status::Unsupported => self.refused.push(error.to_string()),
+            Status::Fail | Status::Pass => self.failed.push(error.to_string()),
+        }
+    }
+
+    fn judge(
+        &mut self,
+        case: &Case,
+        kind: &str,
+        file: Result<CaseFile>,
+        engine: &dyn Engine,
+        allowance: Allowance,
+    ) -> Result<()> {
+        let scope = scope(kind)?;
+        let file = file?;
+        let batches = match scope {
+            Scope::Layer => file.batches()?,
+            Scope::Routing => vec![file.router_batch()?],
+        };
+        let unused = file.unused(&batches);
+        if !unused.is_empty() {
+            self.refused.push(format!("{} cannot be computed or used yet", unused.join(", ")));
+        }
+        let checkpoint = Checkpoint::open(&case.folder)?;
+        let input = file.input_type(&batches)?;
+        let activations = ActivationQuant::None;
+        let request = Request { layer: case.layer()?, input, output: FloatType::F32, activations };
+        let tokens = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0);
+        let resolved = match scope {
+            Scope::Layer => families::resolve(&checkpoint, &request)?,
+            Scope::Routing => families::resolve_router(&checkpoint, &request)?,
+        };
+        self.unknown_keys = resolved.unknown_keys.clone();
+        let (layer, router);
+        let work = match scope {
+            Scope::Layer => {
+                layer = resolved.weights(&checkpoint)?;
+                Work::Layer(&layer)
+            }
+            Scope::Routing => {
+                router = resolved.router_weights(&checkpoint)?;
+                Work::Routing(&router)
+            }
+        };
+        let runner = engine.plan(&resolved.spec, work, tokens)?;
+        let judged = Judged { case, file: &file, resolved: &resolved, scope, allowance };
+        batches.iter().try_for_each(|batch| judged.batch(batch, runner.as_ref(), &mut self.checks))
+    }
+}
+
+/// How much of a layer a kind of case is about.
+fn scope(kind: &str) -> Result<Scope> {
+    match kind {
+        "float" | "fp8_block" | "mxfp4" | "fp4_e8m0" | "int4_compressed_tensors" | "nvfp4" | "quantised" => {
+            Ok(Scope::Layer)
+        }
+        "routing" => Ok(Scope::Routing),
+        unknown => Err(Error::Unsupported(Unsupported {
+            backend: "moewe verify".into(),
+            field: "kind".into(),
+            value: unknown.to_owned(),
+            because: "no such kind of case is known".into(),
+        })),
+    }
+}
+
+/// A case that runs.
+struct Judged<'a> {
+    case: &'a Case,
+    file: &'a CaseFile,
+    resolved: &'a Resolved,
+    scope: Scope,
+    allowance: Allowance,
+}
+
+/// How two lists of numbers are compared.
+#[derive(Debug, Clone, Copy)]
+enum Bound {
+    Absolute(f64),
+    Relative(f64),
+    CalcDiff(f64),
+}
+
+impl Bound {
+    fn check(self, name: String, found: &[f32], expected: &[f32]) -> Check {
+        let (error, tolerance) = match self {
+            Self::Absolute(bound) => (metrics::absolute(found, expected), bound),
+            Self::Relative(bound) => (metrics::relative(found, expected), bound),
+            Self::CalcDiff(bound) => (metrics::calc_diff(found, expected), bound),
+        };
+        Check { name, error, tolerance }
+    }
+}
+
+impl Judged<'_> {
+    fn batch(&self, batch: &Batch, runner: &dyn Runner, checks: &mut Vec<Check>) -> Result<()> {
+        let (file, spec) = (self.file, &self.resolved.spec);
+        let hidden_states = file.hidden_states(batch, spec.hidden_size)?;
+        let token_ids = file.token_ids(batch)?;
+        let inputs = Inputs { hidden_states: &hidden_states, token_ids: token_ids.as_deref(), logits: None };
+        let Outcome { topk_ids, topk_weights, output } = runner.run(&inputs)?;
+
+        let (found_ids, found_weights) = metrics::sort_slots(&topk_ids, &topk_weights, spec.top_k);
+        let expected = (file.ids(batch, "topk_ids", spec.top_k)?, file.floats(batch, "topk_weights", spec.top_k)?);
+        let (ids, weights) = metrics::sort_slots(&expected.0, &expected.1, spec.top_k);
+        let error = metrics::differing(&found_ids, &ids) as f64;
+        checks.push(Check { name: batch.named("topk_ids"), error, tolerance: 0.0 });
+        checks.push(self.weight_bound()?.check(batch.named("topk_weights"), &found_weights, &weights));
+        match self.scope {
+            Scope::Routing => {}
+            Scope::Layer => {
+                for name in file.present(batch, &["output", "output_dequant"])? {
+                    let expected = file.floats(batch, name, spec.hidden_size)?;
+                    checks.push(self.output_bound(name)?.check(batch.named(name), &output, &expected));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn weight_bound(&self) -> Result<Bound> {
+        let factor = self.allowance.factor;
+        let absolute = self.case.weight_tolerance()?;
+        Ok(absolute.map_or(Bound::Relative(factor * RELATIVE), |bound| Bound::Absolute(factor * bound)))
+    }
+
+    fn output_bound(&self, name: &str) -> Result<Bound> {
+        let Allowance { factor, atol } = self.allowance;
+        if let Some(atol) = atol {
+            return Ok(Bound::Absolute(atol));
+        }
+        // The manifest's object calls `output_dequant` by its last word.
+        let absolute = self.case.output_tolerance(name.strip_prefix("output_").unwrap_or(name))?;
+        Ok(absolute.map_or(Bound::CalcDiff(factor * CALC_DIFF), |bound| Bound::Absolute(factor * bound)))
+    }
+}
