@@ -22,8 +22,8 @@ fn steps<B: Host + Clone>(criterion: &mut Criterion, backend: &B, device: &Devic
         let (hidden_states, _) = layer.inputs(tokens, 2);
         let inputs = Inputs { hidden_states: &hidden_states, token_ids: None, logits: None };
         let got = session.run(&inputs).unwrap();
-        let checked = roofline::check(&layer, &hidden_states, &got);
-        device.report(&layer.spec, &got.topk_ids, tokens, checked);
+        let checked = roofline::check(&layer, &hidden_states, &got.output);
+        device.report("small_fp8", &layer.spec, &got.topk_ids, tokens, checked);
         for (at, step) in session.bound().steps(tokens).iter().enumerate() {
             let mut group = criterion.benchmark_group(format!("{}/{}", step.name, device.name));
             group.bench_function(BenchmarkId::new(step.operation.source().kernel(), tokens), |bencher| {

@@ -7,32 +7,101 @@ mod rig;
 mod roofline;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use moewe::host::{Host, Session};
-use moewe::reference::Inputs;
-use moewe::{Cpu, Plan, Tokens};
+use moewe::host::Host;
+use moewe::spec::*;
+use moewe::{Bound, Cpu, Io, Plan, Scratch, Tokens};
 
 use rig::{AUTO, RandomLayer, gpu};
 use roofline::{Device, bench_spec};
 
+/// The cases of this bench: the small layer, and with MOEWE_BENCH_FULL=1 Qwen3-30B-A3B's in FP8 at full size.
+fn cases() -> Vec<(&'static str, MoeSpec)> {
+    let mut cases = vec![("small_fp8", bench_spec())];
+    if std::env::var("MOEWE_BENCH_FULL").is_ok_and(|full| full == "1") {
+        let mut spec = bench_spec();
+        spec.hidden_size = 2048;
+        spec.num_experts = 128;
+        spec.experts.intermediate_size = 768;
+        spec.shared = None;
+        spec.routing.method = RoutingMethod::TopK { score: Score::Softmax, key: SelectionKey::Score, groups: None };
+        spec.routing.renormalize = Some(Denominator::Sum);
+        spec.routing.routed_scaling_factor = 1.0;
+        cases.push(("qwen3_30b_fp8", spec));
+    }
+    cases
+}
+
+/// One plan bound to several inputs. Rotating through them, weights come from memory and not from a cache.
+struct Rotation<B: Host> {
+    bounds: Vec<Bound<B>>,
+    /// Ids of the experts that each input chose.
+    topk_ids: Vec<Vec<i32>>,
+    /// Largest calc_diff of the inputs that were checked.
+    checked: f64,
+}
+
+impl<B: Host + Clone> Rotation<B> {
+    /// Binds `inputs` inputs of `tokens` tokens and checks each (one, where the reference takes long).
+    fn new(backend: &B, plan: &Plan<B>, layer: &RandomLayer, tokens: usize, inputs: usize) -> Self {
+        let spec = &layer.spec;
+        let scratch = Scratch::new(backend, &plan.scratch_layout()).unwrap();
+        let mut this = Self { bounds: vec![], topk_ids: vec![], checked: 0.0 };
+        for seed in 0..inputs as u64 {
+            let (hidden_states, _) = layer.inputs(tokens, 100 + seed);
+            let x = backend.upload("x", &moewe::host::encode(spec.precision.input, &hidden_states)).unwrap();
+            let y = backend.create_buffer("y", 4 * hidden_states.len() as u64, false).unwrap();
+            let io = Io { hidden_states: &x, token_ids: None, output: Some(&y), topk_ids: None, topk_weights: None };
+            let bound = plan.bind(&io, &scratch).unwrap();
+            let mut encoder = backend.encoder();
+            bound.record(&mut encoder, &Tokens::Host(tokens)).unwrap();
+            backend.submit(encoder).unwrap();
+            let ids = backend.read(scratch.buffer("topk_ids").unwrap()).unwrap();
+            this.topk_ids.push(ids.into_iter().take(tokens * spec.top_k).map(|id| id as i32).collect());
+            let work = tokens * spec.top_k * 3 * spec.hidden_size * spec.experts.intermediate_size;
+            if seed == 0 || work < 100_000_000 {
+                let output = moewe::host::decode(FloatType::F32, &backend.read(&y).unwrap(), hidden_states.len());
+                let rows = (2_000_000_000 / (work / tokens)).clamp(1, tokens);
+                let values = rows * spec.hidden_size;
+                this.checked = this.checked.max(roofline::check(layer, &hidden_states[..values], &output[..values]));
+            }
+            this.bounds.push(bound);
+        }
+        this
+    }
+
+    /// Seconds of each of `runs` runs.
+    fn time(&self, backend: &B, tokens: usize, runs: usize) -> (Vec<f64>, &'static str) {
+        let record = &mut |encoder: &mut B::Encoder, at: usize| {
+            self.bounds[at % self.bounds.len()].record(encoder, &Tokens::Host(tokens))
+        };
+        backend.time(runs, record).unwrap()
+    }
+}
+
 fn layer<B: Host + Clone>(criterion: &mut Criterion, backend: &B, device: &Device) {
-    let layer = RandomLayer::new(bench_spec(), 1);
-    let most = 64;
-    let plan = Plan::new(backend.clone(), &layer.spec, &layer.weights(), most, &AUTO).unwrap();
-    let session = Session::new(plan, &layer.spec).unwrap();
-    let mut group = criterion.benchmark_group(format!("layer/{}", device.name));
-    for tokens in [1, 4, 16, most] {
-        let (hidden_states, _) = layer.inputs(tokens, 2);
-        let inputs = Inputs { hidden_states: &hidden_states, token_ids: None, logits: None };
-        let got = session.run(&inputs).unwrap();
-        let checked = roofline::check(&layer, &hidden_states, &got);
-        device.report(&layer.spec, &got.topk_ids, tokens, checked);
-        group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
-            bencher.iter_custom(|runs| {
-                let record = &mut |encoder: &mut B::Encoder, _| session.bound().record(encoder, &Tokens::Host(tokens));
-                let (seconds, _) = backend.time(runs as usize, record).unwrap();
-                std::time::Duration::from_secs_f64(seconds.iter().sum())
+    for (case, spec) in cases() {
+        let layer = RandomLayer::new(spec, 1);
+        let most = 64;
+        let plan = Plan::new(backend.clone(), &layer.spec, &layer.weights(), most, &AUTO).unwrap();
+        let mut group = criterion.benchmark_group(format!("{case}/{}", device.name));
+        for tokens in [1, 4, 16, most] {
+            let rotation = Rotation::new(backend, &plan, &layer, tokens, if tokens <= 4 { 8 } else { 2 });
+            let floor = device.report(case, &layer.spec, &rotation.topk_ids[0], tokens, rotation.checked);
+            group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
+                bencher.iter_custom(|runs| {
+                    let (seconds, _) = rotation.time(backend, tokens, runs.min(500) as usize);
+                    std::time::Duration::from_secs_f64(seconds.iter().sum::<f64>() * runs as f64 / seconds.len() as f64)
+                });
             });
-        });
+            let (mut seconds, method) = rotation.time(backend, tokens, 24);
+            seconds.sort_by(f64::total_cmp);
+            let median = seconds[seconds.len() / 2];
+            println!(
+                "{case}, {tokens} tokens: median {:.1} us by {method}, {:.2} floors",
+                1e6 * median,
+                median / floor
+            );
+        }
     }
 }
 

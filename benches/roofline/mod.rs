@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use moewe::Wgpu;
-use moewe::host::{Host, Outcome};
+use moewe::host::Host;
 use moewe::spec::*;
 
 use crate::rig::{RandomLayer, deepseek_like};
@@ -23,10 +23,10 @@ pub fn bench_spec() -> MoeSpec {
 }
 
 /// calc_diff of the output against the reference; panics if it is wrong: nothing wrong is timed.
-pub fn check(layer: &RandomLayer, hidden_states: &[f32], got: &Outcome) -> f64 {
+pub fn check(layer: &RandomLayer, hidden_states: &[f32], got: &[f32]) -> f64 {
     let want = layer.reference(hidden_states, None).output;
     let sum = |f: &dyn Fn(f64, f64) -> f64| -> f64 {
-        want.iter().zip(&got.output).map(|(a, b)| f(f64::from(*a), f64::from(*b))).sum()
+        want.iter().zip(got).map(|(a, b)| f(f64::from(*a), f64::from(*b))).sum()
     };
     let difference = 1.0 - 2.0 * sum(&|a, b| a * b) / sum(&|a, b| a * a + b * b);
     assert!(difference < 1e-5, "calc_diff {difference}");
@@ -73,18 +73,20 @@ impl Device {
         Self { name, bandwidth: 2.0 * COPY_BYTES as f64 / best }
     }
 
-    /// Prints what a time has to be measured against.
-    pub fn report(&self, spec: &MoeSpec, topk_ids: &[i32], tokens: usize, checked: f64) {
+    /// Prints what a time has to be measured against; returns the floor in seconds.
+    pub fn report(&self, case: &str, spec: &MoeSpec, topk_ids: &[i32], tokens: usize, checked: f64) -> f64 {
         let distinct = topk_ids.iter().collect::<BTreeSet<_>>().len() + usize::from(spec.shared.is_some());
         let weights = 3 * spec.hidden_size * spec.experts.intermediate_size;
         let bytes = distinct * weights;
         let flops = 2 * (topk_ids.len() + tokens * usize::from(spec.shared.is_some())) * weights;
+        let floor = bytes as f64 / self.bandwidth;
         println!(
-            "{}: {tokens} tokens, {bytes} weight bytes, {flops} flops, floor {:.1} us at {:.1} GB/s copied in this run; \
+            "{case} on {}: {tokens} tokens, {bytes} weight bytes, {flops} flops, floor {:.1} us at {:.1} GB/s copied in this run; \
              calc_diff {checked:.1e}",
             self.name,
-            1e6 * bytes as f64 / self.bandwidth,
+            1e6 * floor,
             1e-9 * self.bandwidth
         );
+        floor
     }
 }
