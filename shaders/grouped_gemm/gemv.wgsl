@@ -1,18 +1,50 @@
 // grouped_gemm, few rows: out[r, f] = activate(W[slot_of(r)] rows[r / INPUT_DIVISOR]).
-// One workgroup: TILE_ROWS rows of one packed matrix for one row r. LANES invocations share a matrix row.
+// One workgroup: TILE_ROWS rows of one packed matrix for one row r. LANES invocations share four matrix rows.
 // Packed matrix: see span.wgsl; with PAIR = 2 its rows alternate gate and up and yield one feature.
 // out: f32 [rows, OUT_COLS]. Twin: src/kernels/grouped_gemm.rs
 const QUADS: u32 = WEIGHTS_PER_VEC / 4u;
 const STAGE_VECS: u32 = STAGE_QUADS / QUADS;
-const ROWS_PER_LANE: u32 = TILE_ROWS * LANES / WORKGROUP_SIZE;
-const_assert TILE_ROWS * LANES % WORKGROUP_SIZE == 0u;
+const_assert TILE_ROWS * LANES == 4u * WORKGROUP_SIZE;
 const_assert TILE_ROWS % PAIR == 0u;
 
 var<workgroup> stage: array<vec4<f32>, STAGE_QUADS>;
-var<workgroup> partials: array<f32, WORKGROUP_SIZE * ROWS_PER_LANE>;
+// Sums of four matrix rows, one vector an invocation.
+var<workgroup> partials: array<vec4<f32>, WORKGROUP_SIZE>;
 
 fn row_sum(tile_row: u32) -> f32 {
-    return partials[tile_row % ROWS_PER_LANE * WORKGROUP_SIZE + tile_row / ROWS_PER_LANE * LANES];
+    return partials[tile_row / 4u * LANES][tile_row % 4u];
+}
+
+fn input_quad(input: u32, col: u32) -> vec4<f32> {
+    if col + 4u <= COLS {
+        return vec4<f32>(
+            input_value(input + col),
+            input_value(input + col + 1u),
+            input_value(input + col + 2u),
+            input_value(input + col + 3u),
+        );
+    }
+    var values = vec4<f32>();
+    if col < COLS {
+        values.x = input_value(input + col);
+    }
+    if col + 1u < COLS {
+        values.y = input_value(input + col + 1u);
+    }
+    if col + 2u < COLS {
+        values.z = input_value(input + col + 2u);
+    }
+    return values;
+}
+
+// One vector of codes times the staged columns, scaled.
+fn vec_dot(span: Span, matrix_row: u32, vec: u32, staged: u32) -> f32 {
+    let words = segment[span.codes + (matrix_row - span.row_begin) * VECS_PER_ROW + vec];
+    var partial = 0.0;
+    for (var quad = 0u; quad < QUADS; quad++) {
+        partial += dot(weight_quad(words, quad), stage[staged * QUADS + quad]);
+    }
+    return partial * weight_scale(span, matrix_row, vec * WEIGHTS_PER_VEC);
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)
@@ -32,45 +64,36 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     let input = row / INPUT_DIVISOR * COLS;
     let lane = index % LANES;
-    let lane_first = first + index / LANES * ROWS_PER_LANE;
-    var sums: array<f32, ROWS_PER_LANE>;
+    // Rows past the end repeat the last one and are not stored.
+    let last = span.row_end - 1u;
+    let lane_first = first + index / LANES * 4u;
+    let r0 = min(lane_first, last);
+    let r1 = min(lane_first + 1u, last);
+    let r2 = min(lane_first + 2u, last);
+    let r3 = min(lane_first + 3u, last);
+    var sums = vec4<f32>();
     for (var begin = 0u; begin < VECS_PER_ROW; begin += STAGE_VECS) {
         let count = min(STAGE_VECS, VECS_PER_ROW - begin);
         for (var quad = index; quad < count * QUADS; quad += WORKGROUP_SIZE) {
-            let col = begin * WEIGHTS_PER_VEC + quad * 4u;
-            var values = vec4<f32>();
-            for (var i = 0u; i < 4u; i++) {
-                if col + i < COLS {
-                    values[i] = input_value(input + col + i);
-                }
-            }
-            stage[quad] = values;
+            stage[quad] = input_quad(input, begin * WEIGHTS_PER_VEC + quad * 4u);
         }
         workgroupBarrier();
         for (var vec = lane; vec < count; vec += LANES) {
-            for (var r = 0u; r < ROWS_PER_LANE; r++) {
-                // Rows past the end repeat the last one and are not stored.
-                let matrix_row = min(lane_first + r, span.row_end - 1u);
-                let words = segment[span.codes + (matrix_row - span.row_begin) * VECS_PER_ROW + begin + vec];
-                var partial = 0.0;
-                for (var quad = 0u; quad < QUADS; quad++) {
-                    partial += dot(weight_quad(words, quad), stage[vec * QUADS + quad]);
-                }
-                sums[r] += partial * weight_scale(span, matrix_row, (begin + vec) * WEIGHTS_PER_VEC);
-            }
+            let at = begin + vec;
+            sums += vec4<f32>(
+                vec_dot(span, r0, at, vec),
+                vec_dot(span, r1, at, vec),
+                vec_dot(span, r2, at, vec),
+                vec_dot(span, r3, at, vec),
+            );
         }
         workgroupBarrier();
     }
-    for (var r = 0u; r < ROWS_PER_LANE; r++) {
-        partials[r * WORKGROUP_SIZE + index] = sums[r];
-    }
+    partials[index] = sums;
     for (var half = LANES / 2u; half > 0u; half /= 2u) {
         workgroupBarrier();
         if lane < half {
-            for (var r = 0u; r < ROWS_PER_LANE; r++) {
-                let at = r * WORKGROUP_SIZE + index;
-                partials[at] += partials[at + half];
-            }
+            partials[index] += partials[index + half];
         }
     }
     workgroupBarrier();
@@ -78,8 +101,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let matrix_row = first + feature * PAIR;
         if matrix_row < span.row_end {
             let gate = row_sum(feature * PAIR) + row_bias(span, matrix_row);
-            let last = matrix_row + PAIR - 1u;
-            let up = row_sum(feature * PAIR + PAIR - 1u) + row_bias(span, last);
+            let partner = matrix_row + PAIR - 1u;
+            let up = row_sum(feature * PAIR + PAIR - 1u) + row_bias(span, partner);
             out[row * OUT_COLS + matrix_row / PAIR] = activate(gate, up);
         }
     }

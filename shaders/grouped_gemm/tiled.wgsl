@@ -5,12 +5,41 @@
 // out: f32 [rows, OUT_COLS]. Twin: src/kernels/grouped_gemm.rs
 const TILE_N: u32 = 64u;
 const TILE_K: u32 = 16u;
-// A padded row length keeps the four quads of a column in different banks.
-const STRIDE: u32 = 68u;
+// Quads of a staged column: 16 for 64 rows, and one more so that the columns begin in different banks.
+const STRIDE: u32 = 17u;
 const_assert TILE_M == 64u;
 
-var<workgroup> a_tile: array<f32, TILE_K * STRIDE>;
-var<workgroup> b_tile: array<f32, TILE_K * STRIDE>;
+// [column][quad of rows], both operands.
+var<workgroup> a_tile: array<vec4<f32>, TILE_K * STRIDE>;
+var<workgroup> b_tile: array<vec4<f32>, TILE_K * STRIDE>;
+
+// One element of a packed matrix row, 0 beyond its last vector.
+fn weight_at(span: Span, matrix_row: u32, col: u32) -> f32 {
+    if col >= VECS_PER_ROW * WEIGHTS_PER_VEC {
+        return 0.0;
+    }
+    let vec = col / WEIGHTS_PER_VEC;
+    let words = segment[span.codes + (matrix_row - span.row_begin) * VECS_PER_ROW + vec];
+    let quad = weight_quad(words, col % WEIGHTS_PER_VEC / 4u);
+    return quad[col % 4u] * weight_scale(span, matrix_row, col);
+}
+
+fn input_at(row: u32, wanted: bool, col: u32) -> f32 {
+    if wanted && col < COLS {
+        return input_value(row / INPUT_DIVISOR * COLS + col);
+    }
+    return 0.0;
+}
+
+fn store(span: Span, row: u32, result: u32, values: vec4<f32>) {
+    for (var j = 0u; j < 4u; j += PAIR) {
+        if result + j < span.row_end {
+            let gate = values[j] + row_bias(span, result + j);
+            let up = values[j + PAIR - 1u] + row_bias(span, result + j + PAIR - 1u);
+            out[row * OUT_COLS + (result + j) / PAIR] = activate(gate, up);
+        }
+    }
+}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) index: u32) {
@@ -23,54 +52,61 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     if first >= span.row_end {
         return;
     }
-    // This invocation stages four columns of one row of each operand.
-    let staged = index / 4u;
-    let quad = index % 4u;
-    let has_input = staged < tile.count;
-    let input = tile_row(tile.first + min(staged, tile.count - 1u)) / INPUT_DIVISOR * COLS;
-    let matrix_row = min(first + staged, span.row_end - 1u);
-    let codes = span.codes + (matrix_row - span.row_begin) * VECS_PER_ROW;
-    let m = index / 16u * 4u;
-    let n = index % 16u * 4u;
-    var sums: array<vec4<f32>, 4>;
+    // This invocation stages one column of four rows of each operand; rows past the end repeat the last.
+    let k = index % 16u;
+    let quad = index / 16u;
+    let at = quad * 4u;
+    let last_row = tile.count - 1u;
+    let x0 = tile_row(tile.first + min(at, last_row));
+    let x1 = tile_row(tile.first + min(at + 1u, last_row));
+    let x2 = tile_row(tile.first + min(at + 2u, last_row));
+    let x3 = tile_row(tile.first + min(at + 3u, last_row));
+    let last_result = span.row_end - 1u;
+    let w0 = min(first + at, last_result);
+    let w1 = min(first + at + 1u, last_result);
+    let w2 = min(first + at + 2u, last_result);
+    let w3 = min(first + at + 3u, last_result);
+    // And computes four rows (of its quad) by four results (of its k).
+    var sums0 = vec4<f32>();
+    var sums1 = vec4<f32>();
+    var sums2 = vec4<f32>();
+    var sums3 = vec4<f32>();
     for (var begin = 0u; begin < COLS; begin += TILE_K) {
-        let col = begin + quad * 4u;
-        for (var i = 0u; i < 4u; i++) {
-            var value = 0.0;
-            if has_input && col + i < COLS {
-                value = input_value(input + col + i);
-            }
-            a_tile[(quad * 4u + i) * STRIDE + staged] = value;
-        }
-        var weights = vec4<f32>();
-        if col < VECS_PER_ROW * WEIGHTS_PER_VEC {
-            let words = segment[codes + col / WEIGHTS_PER_VEC];
-            weights = weight_quad(words, col % WEIGHTS_PER_VEC / 4u) * weight_scale(span, matrix_row, col);
-        }
-        for (var i = 0u; i < 4u; i++) {
-            b_tile[(quad * 4u + i) * STRIDE + staged] = weights[i];
-        }
+        let col = begin + k;
+        a_tile[k * STRIDE + quad] = vec4<f32>(
+            input_at(x0, at < tile.count, col),
+            input_at(x1, at + 1u < tile.count, col),
+            input_at(x2, at + 2u < tile.count, col),
+            input_at(x3, at + 3u < tile.count, col),
+        );
+        b_tile[k * STRIDE + quad] = vec4<f32>(
+            weight_at(span, w0, col),
+            weight_at(span, w1, col),
+            weight_at(span, w2, col),
+            weight_at(span, w3, col),
+        );
         workgroupBarrier();
-        for (var k = 0u; k < TILE_K; k++) {
-            let at = k * STRIDE + n;
-            let b = vec4<f32>(b_tile[at], b_tile[at + 1u], b_tile[at + 2u], b_tile[at + 3u]);
-            for (var i = 0u; i < 4u; i++) {
-                sums[i] += a_tile[k * STRIDE + m + i] * b;
-            }
+        for (var step = 0u; step < TILE_K; step++) {
+            let a = a_tile[step * STRIDE + quad];
+            let b = b_tile[step * STRIDE + k];
+            sums0 += a.x * b;
+            sums1 += a.y * b;
+            sums2 += a.z * b;
+            sums3 += a.w * b;
         }
         workgroupBarrier();
     }
-    for (var i = 0u; i < 4u; i++) {
-        if m + i < tile.count {
-            let row = tile_row(tile.first + m + i);
-            for (var j = 0u; j < 4u; j += PAIR) {
-                let result = first + n + j;
-                if result < span.row_end {
-                    let gate = sums[i][j] + row_bias(span, result);
-                    let up = sums[i][j + PAIR - 1u] + row_bias(span, result + PAIR - 1u);
-                    out[row * OUT_COLS + result / PAIR] = activate(gate, up);
-                }
-            }
-        }
+    let result = first + k * 4u;
+    if at < tile.count {
+        store(span, x0, result, sums0);
+    }
+    if at + 1u < tile.count {
+        store(span, x1, result, sums1);
+    }
+    if at + 2u < tile.count {
+        store(span, x2, result, sums2);
+    }
+    if at + 3u < tile.count {
+        store(span, x3, result, sums3);
     }
 }

@@ -145,7 +145,7 @@ impl PackedMatrix {
                     rows -= rows % SPLIT_ROWS;
                 }
                 if rows == 0 {
-                    if used == 0 {
+                    if used == 0 && !segments.is_empty() {
                         return Err(Unsupported {
                             backend: backend.into(),
                             field: "segment_bytes".into(),
@@ -171,6 +171,10 @@ impl PackedMatrix {
                 });
                 segment.words += padded(words);
                 begin += rows;
+                if begin < self.rows {
+                    // The span table has one run a group and segment: the rest begins another segment.
+                    segments.push(Segment { words: 0, spans: Vec::new() });
+                }
             }
         }
         self.segments = segments;
@@ -244,6 +248,121 @@ impl PackedMatrix {
         let bits = 32 / per_word as u32;
         for col in 0..self.cols {
             words[col / per_word] |= matrix.code(row, col) << (bits * (col % per_word) as u32);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{Orientation, ScaleFormat};
+    use crate::weights::{Dtype, Rows, Tensor};
+
+    fn matrix(rows: usize, cols: usize, format: WeightFormat, pair: usize, bias: bool) -> PackedMatrix {
+        PackedMatrix { name: "test", groups: 5, rows, cols, format, pair, bias, segments: vec![] }
+    }
+
+    fn formats() -> [WeightFormat; 4] {
+        let fp8 = WeightFormat::Fp8Block { block: [8, 16], scale: ScaleFormat::F32 };
+        [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16, fp8]
+    }
+
+    #[test]
+    fn every_row_has_one_place_and_a_group_one_run_a_segment() {
+        for format in formats() {
+            for (rows, pair) in [(2, 2), (130, 2), (200, 2), (131, 1), (1000, 2)] {
+                for segment_bytes in [1 << 10, 5000, 8192, 70_000, 1 << 20] {
+                    let placed = matrix(rows, 33, format, pair, true).place("test", segment_bytes).unwrap();
+                    let mut seen = vec![0; 5 * rows];
+                    for segment in &placed.segments {
+                        assert!(4 * segment.words as u64 <= segment_bytes && segment.words % 4 == 0);
+                        let mut groups: Vec<_> = segment.spans.iter().map(|span| span.group).collect();
+                        groups.dedup();
+                        assert_eq!(groups.len(), segment.spans.len(), "two runs of a group in one segment");
+                        let mut end = 0;
+                        for span in &segment.spans {
+                            assert!(span.codes >= end && span.row_begin % pair == 0 && span.row_begin < span.row_end);
+                            let [codes, scales, bias] = placed.words(span.row_begin, span.row_end);
+                            assert_eq!([span.scales, span.bias], [span.codes + codes, span.codes + codes + scales]);
+                            end = span.bias + bias;
+                            for row in span.row_begin..span.row_end {
+                                seen[span.group * rows + row] += 1;
+                            }
+                        }
+                        assert!(end <= segment.words);
+                    }
+                    assert!(seen.iter().all(|&count| count == 1), "{rows} rows, {segment_bytes} bytes");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_that_fits_no_segment_is_refused_by_name() {
+        let refusal = matrix(4, 1000, WeightFormat::F32, 2, false).place("gpu", 4000).unwrap_err();
+        assert_eq!(refusal.field, "segment_bytes");
+        assert!(refusal.to_string().contains("1000 columns"), "{refusal}");
+    }
+
+    #[test]
+    fn packing_moves_codes_scales_and_biases_and_changes_none() {
+        let (rows, cols) = (70, 35);
+        for format in formats() {
+            let (dtype, size) = match format {
+                WeightFormat::F32 => (Dtype::F32, 4),
+                WeightFormat::F16 => (Dtype::F16, 2),
+                WeightFormat::Bf16 => (Dtype::BF16, 2),
+                WeightFormat::Fp8Block { block: _, scale: _ } => (Dtype::F8_E4M3, 1),
+            };
+            let bytes = |salt: usize| (0..rows * cols * size).map(|at| (at * 31 + salt) as u8).collect::<Vec<u8>>();
+            let scales =
+                |salt: usize| (0..9 * 3).flat_map(|at| ((at + salt) as f32).to_le_bytes()).collect::<Vec<u8>>();
+            let stored = [(bytes(1), scales(1)), (bytes(2), scales(100))];
+            let views = [0, 1].map(|at: usize| {
+                let shape = |shape: &[usize]| shape.to_vec();
+                let (codes, scales) = &stored[at];
+                let tensor = Tensor { name: "w".into(), dtype, shape: shape(&[rows, cols]), bytes: codes };
+                let scale = Tensor { name: "s".into(), dtype: Dtype::F32, shape: shape(&[9, 3]), bytes: scales };
+                let scale = (size == 1).then_some(&scale);
+                Matrix::view(&tensor, scale, format, Orientation::OutIn, Rows::All, None, [rows, cols]).unwrap()
+            });
+            let biases = [0, 1].map(|salt| (0..rows).map(|row| (row + 1000 * salt) as f32).collect::<Vec<_>>());
+            let placed = matrix(2 * rows, cols, format, 2, true).place("test", 3000).unwrap();
+            let per_word = placed.codes_per_vec() / VEC_WORDS;
+            for (at, segment) in placed.segments.iter().enumerate() {
+                let mut memory = vec![0u32; segment.words];
+                let source = |_| {
+                    Some(GroupSource {
+                        matrices: views.iter().collect(),
+                        biases: biases.iter().map(Vec::as_slice).collect(),
+                    })
+                };
+                let write = &mut |first: usize, words: &[u32]| {
+                    memory[first..first + words.len()].copy_from_slice(words);
+                    Ok(())
+                };
+                placed.pack(at, &source, write).unwrap();
+                for span in &segment.spans {
+                    for row in span.row_begin..span.row_end {
+                        let (matrix, feature) = (&views[row % 2], row / 2);
+                        let codes = span.codes + (row - span.row_begin) * placed.vecs_per_row() * VEC_WORDS;
+                        for col in 0..cols {
+                            let word = memory[codes + col / per_word];
+                            let bits = 32 / per_word as u32;
+                            let code =
+                                word.checked_shr(bits * (col % per_word) as u32).unwrap() & (u32::MAX >> (32 - bits));
+                            assert_eq!(code, matrix.code(feature, col));
+                            if let Some(([block_rows, block_cols], per_row)) = placed.blocks() {
+                                let block = (feature / block_rows - span.first_block) * 2 + row % 2;
+                                let scale = memory[span.scales + block * per_row + col / block_cols];
+                                assert_eq!(f32::from_bits(scale), matrix.scale(feature, col));
+                            }
+                        }
+                        let bias = memory[span.bias + row - span.row_begin];
+                        assert_eq!(f32::from_bits(bias), biases[row % 2][feature]);
+                    }
+                }
+            }
         }
     }
 }

@@ -136,6 +136,18 @@ fn weights_may_be_cut_into_segments_of_any_size() {
 }
 
 #[test]
+fn an_expert_may_be_cut_between_segments_at_a_tile() {
+    let mut spec = deepseek_like();
+    spec.hidden_size = 256;
+    spec.experts.intermediate_size = 150;
+    for decode_tokens in [0, usize::MAX] {
+        // A segment holds 127 rows, of which the cut takes 64: the rest must begin another segment.
+        let options = Options { segment_bytes: Some(64 << 10), decode_tokens };
+        check(&RandomLayer::new(spec.clone(), 2), 20, &options, "64 KiB");
+    }
+}
+
+#[test]
 fn one_expert_may_take_every_token() {
     let mut spec = deepseek_like();
     spec.top_k = 1;

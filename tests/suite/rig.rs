@@ -20,8 +20,17 @@ pub fn gpu() -> &'static Wgpu {
         let adapter = adapters.iter().find(|adapter| adapter.matches(&wanted));
         let adapter = adapter.unwrap_or_else(|| panic!("no adapter matches {wanted:?}; there are {names:?}"));
         println!("adapter: {}", adapter.name);
-        host::open(adapter, Limits::Default).unwrap()
+        host::open(adapter, limits()).unwrap()
     })
+}
+
+/// WebGPU's default limits and no features, which is what the tests are about; MOEWE_LIMITS=adapter, for
+/// benches, takes the adapter's own and its timestamps.
+fn limits() -> Limits {
+    match std::env::var("MOEWE_LIMITS").as_deref() {
+        Ok("adapter") => Limits::Adapter,
+        Ok(_) | Err(_) => Limits::Default,
+    }
 }
 
 /// A random number from N(0, 1).
