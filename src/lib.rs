@@ -1,4 +1,75 @@
-//! Mixture-of-Experts layers on any GPU, proved field by field against one reference.
+//! Mixture-of-Experts layers on GPUs, proved field by field against one reference.
+//!
+//! A [`MoeSpec`] says what a layer computes. [`schedule::lower`] turns it into a [`Schedule`]: kernels,
+//! constants, buffers and grids as plain data. [`Plan::new`] makes a schedule ready on a [`Backend`]:
+//! it compiles, packs and uploads. [`Plan::bind`] ties the plan to the caller's buffers, and
+//! [`Bound::record`] writes the dispatches into the caller's encoder. It submits nothing and waits for
+//! nothing. [`reference`] computes the same layer in plain loops, reads only spec and weights, and judges.
+//!
+//! What a backend lacks is refused with the name of the field when the plan is made ([`Unsupported`]),
+//! never dropped. [`supports`] gives the same answer without planning.
+//!
+//! [`Checkpoint`] and [`families`] read a spec and its weights from `config.json` and safetensors.
+//! The backends are [`Cpu`], which runs each kernel's twin in Rust, and `Wgpu` (feature `wgpu`), which
+//! runs WGSL on a device of the host program.
+//!
+//! # Example
+//!
+//! One layer of a checkpoint on the CPU backend, compared with the reference. On a GPU only the buffers,
+//! the encoder and the submission are others: see `examples/layer.rs`.
+//!
+//! ```
+//! use std::path::Path;
+//!
+//! use moewe::backend::cpu::{CpuBuffer, CpuEncoder};
+//! use moewe::families::{Request, resolve};
+//! use moewe::reference::{self, Inputs};
+//! use moewe::schedule::DECODE_TOKENS;
+//! use moewe::spec::{ActivationQuant, FloatType};
+//! use moewe::{Backend, Checkpoint, Cpu, Io, Options, Plan, Scratch, Tokens};
+//!
+//! # fn main() -> moewe::Result<()> {
+//! let checkpoint = Checkpoint::open(Path::new("tests/golden/mixtral"))?;
+//! let request =
+//!     Request { layer: None, input: FloatType::F32, output: FloatType::F32, activations: ActivationQuant::None };
+//! let resolved = resolve(&checkpoint, &request)?;
+//! let (spec, weights) = (&resolved.spec, resolved.weights(&checkpoint)?);
+//!
+//! // Once a layer.
+//! let (backend, tokens) = (Cpu::new(), 3);
+//! let options = Options { segment_bytes: None, decode_tokens: DECODE_TOKENS };
+//! let plan = Plan::new(backend, spec, &weights, tokens, &options)?;
+//! let scratch = Scratch::new(&backend, &plan.scratch_layout())?;
+//!
+//! // Once a set of buffers.
+//! let x: Vec<f32> = (0..tokens * spec.hidden_size).map(|at| (at as f32 * 0.37).sin()).collect();
+//! let hidden_states = CpuBuffer::from_words(x.iter().map(|value| value.to_bits()).collect());
+//! let output = backend.create_buffer("output", 4 * x.len() as u64, false)?;
+//! let io = Io {
+//!     hidden_states: &hidden_states,
+//!     token_ids: None,
+//!     output: Some(&output),
+//!     topk_ids: None,
+//!     topk_weights: None,
+//! };
+//! let bound = plan.bind(&io, &scratch)?;
+//!
+//! // Each call. The CPU backend runs what it records.
+//! bound.record(&mut CpuEncoder, &Tokens::Host(tokens))?;
+//!
+//! let want = reference::layer(spec, &weights, Inputs { hidden_states: &x, token_ids: None, logits: None })?;
+//! for (got, want) in output.to_words().into_iter().map(f32::from_bits).zip(want.output) {
+//!     assert!((got - want).abs() < 1e-5);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Features
+//!
+//! - `wgpu` (default): the `Wgpu` backend.
+//! - `cli` (default): the tool `moewe` and the module `host`, the only place of the library that waits
+//!   for a device. Programs with a device of their own use `default-features = false`.
 
 #![cfg_attr(
     not(test),

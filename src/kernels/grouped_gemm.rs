@@ -228,40 +228,60 @@ impl GroupedGemm {
         let layout = self.layout();
         let features = self.features();
         let out: &mut [f32] = bytemuck::cast_slice_mut(arguments.write("out")?);
-        // One task per row and stretch of features, so that a single token uses every thread as well.
-        const STRETCH: usize = 64;
-        let stretches = features.div_ceil(STRETCH);
-        let mut tasks: Vec<(usize, usize, &mut [f32])> = Vec::with_capacity(slots.len() * stretches);
-        for (row, out) in out.chunks_exact_mut(features).enumerate().take(slots.len()) {
-            tasks.extend(out.chunks_mut(STRETCH).enumerate().map(|(stretch, out)| (row, stretch * STRETCH, out)));
-        }
-        let row_words = layout.vecs_per_row() * 4;
-        tasks.into_par_iter().for_each(|(row, first, out)| {
-            let Ok(slot) = usize::try_from(slots[row]) else { return };
-            let span = &spans[slot * SPAN_WORDS..][..SPAN_WORDS];
-            let [begin, end] = [span[0] as usize, span[1] as usize];
-            let x = decode_row(rows, self.input, row / self.input_divisor, self.cols, row_words * 4);
-            for (feature, out) in (first..).zip(out) {
-                let packed = feature * self.pair;
-                if packed < begin || packed >= end {
-                    continue;
-                }
-                let value = |packed: usize| {
-                    let codes = 4 * span[2] as usize + (packed - begin) * row_words;
-                    let sum = dot(&layout, segment, span, codes, packed, &x);
-                    let bias = if self.bias { segment[span[4] as usize + packed - begin] } else { 0 };
-                    sum + f32::from_bits(bias)
-                };
-                let gate = value(packed);
-                *out = match self.activation {
-                    None => gate,
-                    Some(activation) => {
-                        let up = if self.pair == 2 { value(packed + 1) } else { gate };
-                        numerics::activate(activation, gate, up)
-                    }
-                };
+        let mut rows_of: Vec<Vec<usize>> = vec![vec![]; spans.len() / SPAN_WORDS];
+        for (row, slot) in slots.iter().enumerate() {
+            if let Some(rows) = usize::try_from(*slot).ok().and_then(|slot| rows_of.get_mut(slot)) {
+                rows.push(row);
             }
-        });
+        }
+        let padded = layout.vecs_per_row() * layout.codes_per_vec();
+        // Buffers may be longer than this call's rows: what lies behind them is not read.
+        let x_rows = rows_of.iter().flatten().map(|row| row / self.input_divisor + 1).max().unwrap_or(0);
+        let x: Vec<Vec<f32>> =
+            (0..x_rows).into_par_iter().map(|row| decode_row(rows, self.input, row, self.cols, padded)).collect();
+        // One task per group and stretch of features: a weight is decoded once for all rows of its group,
+        // and a single token still uses every thread.
+        const STRETCH: usize = 32;
+        let tasks: Vec<(usize, usize, usize)> = (0..rows_of.len())
+            .filter(|&slot| !rows_of[slot].is_empty())
+            .flat_map(|slot| {
+                let [begin, end] = [0, 1].map(|word| spans[slot * SPAN_WORDS + word] as usize / self.pair);
+                (begin..end).step_by(STRETCH).map(move |first| (slot, first, (first + STRETCH).min(end)))
+            })
+            .collect();
+        let results: Vec<Vec<f32>> = tasks
+            .par_iter()
+            .map(|&(slot, first, end)| {
+                let span = &spans[slot * SPAN_WORDS..][..SPAN_WORDS];
+                let rows = &rows_of[slot];
+                let mut values = vec![0.0; rows.len() * (end - first)];
+                let mut weights = vec![0.0; padded];
+                let mut sums = vec![[0.0; 2]; rows.len()];
+                for feature in first..end {
+                    for part in 0..self.pair {
+                        let packed = feature * self.pair + part;
+                        let bias = if self.bias { segment[(span[4] + packed as u32 - span[0]) as usize] } else { 0 };
+                        layout.decode(segment, span, packed, &mut weights);
+                        for (sums, &row) in sums.iter_mut().zip(rows) {
+                            let x = &x[row / self.input_divisor];
+                            sums[part] = layout.dot(segment, span, packed, &weights, x) + f32::from_bits(bias);
+                        }
+                    }
+                    for (at, sums) in sums.iter().enumerate() {
+                        values[at * (end - first) + feature - first] = match self.activation {
+                            None => sums[0],
+                            Some(activation) => numerics::activate(activation, sums[0], sums[self.pair - 1]),
+                        };
+                    }
+                }
+                values
+            })
+            .collect();
+        for ((slot, first, end), values) in tasks.into_iter().zip(results) {
+            for (row, values) in rows_of[slot].iter().zip(values.chunks_exact(end - first)) {
+                out[row * features + first..row * features + end].copy_from_slice(values);
+            }
+        }
         Ok(())
     }
 }
@@ -281,48 +301,55 @@ fn decode_row(words: &[u32], float_type: FloatType, row: usize, cols: usize, pad
     values
 }
 
-/// One packed row times x: one f32 partial sum a vector, scaled where the format has scales.
-fn dot(layout: &PackedMatrix, segment: &[u32], span: &[u32], codes: usize, packed: usize, x: &[f32]) -> f32 {
-    let per_vec = layout.codes_per_vec();
-    let words = &segment[codes..codes + layout.vecs_per_row() * 4];
-    let mut sum = 0.0f32;
-    for (vec, (words, x)) in words.chunks_exact(4).zip(x.chunks_exact(per_vec)).enumerate() {
-        let mut partial = 0.0f32;
-        match layout.format {
-            WeightFormat::F32 => {
-                for (word, x) in words.iter().zip(x) {
-                    partial += f32::from_bits(*word) * x;
+impl PackedMatrix {
+    /// The codes of one packed row as f32, without scale.
+    fn decode(&self, segment: &[u32], span: &[u32], packed: usize, weights: &mut [f32]) {
+        let row_words = self.vecs_per_row() * 4;
+        let codes = 4 * span[2] as usize + (packed - span[0] as usize) * row_words;
+        let words = &segment[codes..codes + row_words];
+        let per_word = self.codes_per_vec() / 4;
+        for (word, weights) in words.iter().zip(weights.chunks_exact_mut(per_word)) {
+            match self.format {
+                WeightFormat::F32 => weights[0] = f32::from_bits(*word),
+                WeightFormat::Bf16 => {
+                    weights[0] = f32::from_bits(word << 16);
+                    weights[1] = f32::from_bits(word & 0xffff_0000);
                 }
-            }
-            WeightFormat::Bf16 => {
-                for (word, x) in words.iter().zip(x.chunks_exact(2)) {
-                    partial += f32::from_bits(word << 16) * x[0] + f32::from_bits(word & 0xffff_0000) * x[1];
+                WeightFormat::F16 => {
+                    weights[0] = numerics::decode_f16(*word as u16);
+                    weights[1] = numerics::decode_f16((word >> 16) as u16);
                 }
-            }
-            WeightFormat::F16 => {
-                for (word, x) in words.iter().zip(x.chunks_exact(2)) {
-                    partial += numerics::decode_f16(*word as u16) * x[0];
-                    partial += numerics::decode_f16((word >> 16) as u16) * x[1];
-                }
-            }
-            WeightFormat::Fp8Block { block: _, scale: _ } => {
-                for (word, x) in words.iter().zip(x.chunks_exact(4)) {
-                    for (code, x) in word.to_le_bytes().iter().zip(x) {
-                        partial += numerics::decode_e4m3(*code) * x;
+                WeightFormat::Fp8Block { block: _, scale: _ } => {
+                    let table = numerics::e4m3_values();
+                    for (weight, code) in weights.iter_mut().zip(word.to_le_bytes()) {
+                        *weight = table[usize::from(code)];
                     }
                 }
             }
         }
-        sum += match layout.blocks() {
-            None => partial,
-            Some(([block_rows, block_cols], per_row)) => {
-                let block = packed / (layout.pair * block_rows) - span[5] as usize;
-                let row = block * layout.pair + packed % layout.pair;
-                partial * f32::from_bits(segment[span[3] as usize + row * per_row + vec * per_vec / block_cols])
-            }
-        };
     }
-    sum
+
+    /// One packed row, decoded, times x: one f32 partial sum a scale block, scaled, then added.
+    fn dot(&self, segment: &[u32], span: &[u32], packed: usize, weights: &[f32], x: &[f32]) -> f32 {
+        let Some(([block_rows, block_cols], per_row)) = self.blocks() else { return lane_dot(weights, x) };
+        let block = packed / (self.pair * block_rows) - span[5] as usize;
+        let first = span[3] as usize + (block * self.pair + packed % self.pair) * per_row;
+        let blocks = weights.chunks(block_cols).zip(x.chunks(block_cols));
+        blocks.zip(&segment[first..]).map(|((weights, x), scale)| lane_dot(weights, x) * f32::from_bits(*scale)).sum()
+    }
+}
+
+/// A dot product in sixteen sums side by side, which compilers turn into vector instructions.
+fn lane_dot(a: &[f32], b: &[f32]) -> f32 {
+    let (a_lanes, b_lanes) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = a_lanes.remainder().iter().zip(b_lanes.remainder()).map(|(a, b)| a * b).sum();
+    let mut sums = [0.0f32; 16];
+    for (a, b) in a_lanes.zip(b_lanes) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().sum::<f32>() + rest
 }
 
 fn activation_fragments(activation: Option<Activation>, constants: &mut Vec<(&'static str, Value)>) -> Vec<Fragment> {

@@ -1,5 +1,7 @@
 //! FP8 codes (OCP 8-bit floating point, E4M3 "FN" variant) and power-of-two scales (OCP MX, E8M0).
 
+use std::sync::LazyLock;
+
 /// Value of an E4M3FN code: bias 7, largest 448, no infinities, NaN at 0x7F and 0xFF. Exact.
 pub fn decode_e4m3(code: u8) -> f32 {
     let magnitude = u32::from(code & 0x7f);
@@ -13,6 +15,12 @@ pub fn decode_e4m3(code: u8) -> f32 {
         f32::from_bits((magnitude << 20) + (120 << 23))
     };
     f32::from_bits(value.to_bits() | sign)
+}
+
+/// [`decode_e4m3`] of all 256 codes.
+pub fn e4m3_values() -> &'static [f32; 256] {
+    static VALUES: LazyLock<[f32; 256]> = LazyLock::new(|| std::array::from_fn(|code| decode_e4m3(code as u8)));
+    &VALUES
 }
 
 /// Value of an E8M0 scale byte: 2^(byte - 127), 255 is NaN. Exact, 2^-127 included.

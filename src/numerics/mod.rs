@@ -7,5 +7,5 @@ mod score;
 
 pub use activate::activate;
 pub use float::{decode_bf16, decode_f16, round_to};
-pub use fp8::{decode_e4m3, decode_e8m0};
+pub use fp8::{decode_e4m3, decode_e8m0, e4m3_values};
 pub use score::{denominator, order_key, sigmoid, softplus, sqrt_softplus};
