@@ -4,7 +4,7 @@
 //! constants, buffers and grids as plain data. [`Plan::new`] makes a schedule ready on a [`Backend`]:
 //! it compiles, packs and uploads. [`Plan::bind`] ties the plan to the caller's buffers, and
 //! [`Bound::record`] writes the dispatches into the caller's encoder. It submits nothing and waits for
-//! nothing. [`reference`] computes the same layer in plain loops, reads only spec and weights, and judges.
+//! nothing. [`mod@reference`] computes the same layer in plain loops, reads only spec and weights, and judges.
 //!
 //! What a backend lacks is refused with the name of the field when the plan is made ([`Unsupported`]),
 //! never dropped. [`supports`] gives the same answer without planning.

@@ -477,8 +477,8 @@ impl<B: Backend> Bound<B> {
         self.record_steps(encoder, tokens, &|_, step| step.part == Part::Routing)
     }
 
-    /// Records everything behind ids and weights, which the caller has written: ids in `0..E`, or -1
-    /// for no contribution.
+    /// Records everything behind ids and weights, which the caller has written: ids in `0..E`; any
+    /// other, as -1 for padding, contributes nothing, but -2 makes the token's row NaN.
     ///
     /// # Errors
     /// As [`Bound::record`].

@@ -650,6 +650,7 @@ impl<'a> Lowering<'a> {
         let routing = &self.spec.routing;
         let operation = Combine {
             hidden_size: self.spec.hidden_size,
+            num_experts: self.spec.num_experts,
             top_k: self.spec.top_k,
             output_scale: if routing.apply_routed_scale_to_output { routing.routed_scaling_factor } else { 1.0 },
             shared: shared_out.is_some(),

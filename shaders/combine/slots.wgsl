@@ -1,6 +1,6 @@
 // combine: out[t] = ROUTED_SCALING_FACTOR * sum over slots, in order, of topk_weights * expert_out (+ shared).
 // expert_out f32 [tokens * TOP_K, HIDDEN_SIZE]; out [tokens, HIDDEN_SIZE] in VALUES_PER_WORD values a word.
-// id -1: no contribution. id -2: the token is outside of the hash table, its row is NaN.
+// An id outside 0..NUM_EXPERTS (-1: padding) contributes nothing. id -2: the token is outside of the hash table, its row is NaN.
 // Twin: src/kernels/combine.rs
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) invocation: vec3<u32>, @builtin(num_workgroups) workgroups: vec3<u32>) {
@@ -17,7 +17,7 @@ fn main(@builtin(global_invocation_id) invocation: vec3<u32>, @builtin(num_workg
                 for (var slot = token * TOP_K; slot < (token + 1u) * TOP_K; slot++) {
                     let id = topk_ids[slot];
                     missed = missed || id == -2;
-                    if id >= 0 {
+                    if id >= 0 && id < i32(NUM_EXPERTS) {
                         sum += topk_weights[slot] * expert_out[slot * HIDDEN_SIZE + at % HIDDEN_SIZE];
                     }
                 }

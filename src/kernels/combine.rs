@@ -14,6 +14,8 @@ use crate::spec::FloatType;
 pub struct Combine {
     /// H.
     pub hidden_size: usize,
+    /// E.
+    pub num_experts: usize,
     /// k.
     pub top_k: usize,
     /// rho if it acts on the output, else 1.
@@ -26,7 +28,7 @@ pub struct Combine {
 
 impl Combine {
     pub(super) fn source(&self) -> Source {
-        let Self { hidden_size, top_k, output_scale, shared, output } = self;
+        let Self { hidden_size, num_experts, top_k, output_scale, shared, output } = self;
         let mut bindings = vec![
             PARAMS,
             read("topk_ids", "array<i32>"),
@@ -40,6 +42,7 @@ impl Combine {
         Source {
             constants: vec![
                 ("HIDDEN_SIZE", Value::U32(*hidden_size as u32)),
+                ("NUM_EXPERTS", Value::U32(*num_experts as u32)),
                 ("TOP_K", Value::U32(*top_k as u32)),
                 ("ROUTED_SCALING_FACTOR", Value::F32(*output_scale)),
             ],
@@ -69,7 +72,7 @@ impl Combine {
                 return f32::NAN;
             }
             let sum: f32 = slots
-                .filter(|&slot| ids[slot] >= 0)
+                .filter(|&slot| usize::try_from(ids[slot]).is_ok_and(|id| id < self.num_experts))
                 .map(|slot| weights[slot] * expert_out[slot * self.hidden_size + at % self.hidden_size])
                 .sum();
             self.output_scale * sum + shared_out.map_or(0.0, |shared| shared[at])
