@@ -131,7 +131,15 @@ impl<B: Host> Session<B> {
             input: spec.precision.input,
             output: spec.precision.output,
         };
-        let poisoned = |name: &str, bytes: u64| host.upload(name, &vec![POISON; bytes as usize / 4]);
+        let poisoned = |name: &str, bytes: u64| {
+            let buffer = host.create_buffer(name, bytes, false)?;
+            let piece = vec![POISON; 1 << 18];
+            for offset in (0..bytes).step_by(4 * piece.len()) {
+                let words = piece.len().min((bytes - offset) as usize / 4);
+                host.write(&buffer, offset, &piece[..words])?;
+            }
+            Ok::<_, Error>(buffer)
+        };
         let of = |contents| {
             let found = plan.schedule().buffers.iter().find(|buffer| buffer.contents == contents);
             found.map(|buffer| poisoned(&buffer.name, buffer.bytes)).transpose()
@@ -191,7 +199,15 @@ impl<B: Host> Session<B> {
         }
         host.write(&self.hidden_states, 0, &encode(self.shape.input, inputs.hidden_states))?;
         match (&self.token_ids, inputs.token_ids) {
-            (Some(buffer), Some(ids)) => host.write(buffer, 0, ids)?,
+            (Some(buffer), Some(ids)) if ids.len() == tokens => host.write(buffer, 0, ids)?,
+            (Some(_), Some(ids)) => {
+                return Err(Error::invalid(
+                    "token_ids",
+                    ids.len(),
+                    format!("{tokens}, one a token"),
+                    "give the id of each token",
+                ));
+            }
             (Some(_), None) => {
                 return Err(Error::invalid("token_ids", "none", "one a token", "hash routing needs the token ids"));
             }
@@ -420,7 +436,14 @@ mod gpu {
             if !device.features().contains(wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS) {
                 return Ok((wall_clock(self, count, record)?, "wall clock, submission and wait included"));
             }
-            let stamps = u32::try_from(count + 1).unwrap_or(u32::MAX);
+            // A query set has room for 4,096.
+            if count > 4095 {
+                let (mut first, method) = self.time(4095, record)?;
+                let (rest, _) = self.time(count - 4095, &mut |encoder, at| record(encoder, at + 4095))?;
+                first.extend(rest);
+                return Ok((first, method));
+            }
+            let stamps = count as u32 + 1;
             let queries = device.create_query_set(&wgpu::QuerySetDescriptor {
                 label: Some("steps"),
                 ty: wgpu::QueryType::Timestamp,

@@ -51,7 +51,7 @@ pub trait Backend: Sized {
     /// # Errors
     /// The device refuses.
     fn bind(&self, kernel: &Self::Kernel, slices: &[BufferSlice<'_, Self>]) -> Result<Self::Binding>;
-    /// Records a copy of one word.
+    /// Records a copy of the word at a byte offset, which lies inside the buffer.
     fn copy_word(&self, encoder: &mut Self::Encoder, from: (&Self::Buffer, u64), to: &Self::Buffer);
     /// Records launches, each after the one before.
     ///
@@ -477,8 +477,8 @@ impl<B: Backend> Bound<B> {
         self.record_steps(encoder, tokens, &|_, step| step.part == Part::Routing)
     }
 
-    /// Records everything behind ids and weights, which the caller has written: ids in `0..E`; any
-    /// other, as -1 for padding, contributes nothing, but -2 makes the token's row NaN.
+    /// Records everything behind ids and weights, which the caller has written: ids in `0..E`, or -1
+    /// for no contribution; any other makes the token's row NaN.
     ///
     /// # Errors
     /// As [`Bound::record`].
@@ -510,6 +510,14 @@ impl<B: Backend> Bound<B> {
             ));
         }
         for chunk in self.chunks.iter().take_while(|chunk| chunk.first < count) {
+            if from.1 % 4 != 0 || from.1.saturating_add(4) > backend.buffer_bytes(from.0) {
+                return Err(Error::invalid(
+                    "tokens",
+                    format!("byte offset {} of {} bytes", from.1, backend.buffer_bytes(from.0)),
+                    "a multiple of 4 inside the buffer",
+                    "correct the offset of the count",
+                ));
+            }
             backend.copy_word(encoder, from, &chunk.params);
             let tokens = chunk.tokens.min(count - chunk.first);
             let bucket = schedule.bucket(tokens);

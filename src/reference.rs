@@ -218,17 +218,24 @@ fn choose(
                 Some(groups) => allowed_by_group(*groups, &scores, &keys),
             };
             let ids = largest(&keys, &allowed, spec.top_k);
-            let weights = ids.iter().map(|&e| if scores[e].is_finite() { scores[e] } else { not_finite }).collect();
+            let weights = ids.iter().map(|&e| if keys[e].is_some() { scores[e] } else { not_finite }).collect();
             (ids, weights)
         }
         RoutingMethod::TopKThenScore { score } => {
-            let keys: Vec<Option<f32>> = logits.iter().map(|l| l.is_finite().then_some(*l)).collect();
+            // Where the score of a logit alone is finite: exp(-inf) = 0, sigmoid of both infinities is 0 or 1.
+            let legal = |l: f32| match score {
+                ChosenScore::Softmax => !l.is_nan() && l < f32::INFINITY,
+                ChosenScore::Sigmoid => !l.is_nan(),
+            };
+            let keys: Vec<Option<f32>> = logits.iter().map(|&l| legal(l).then_some(l)).collect();
             let ids = largest(&keys, &vec![true; logits.len()], spec.top_k);
             let chosen: Vec<Option<f32>> = ids.iter().map(|&e| keys[e]).collect();
-            let max = chosen.iter().flatten().fold(f32::NEG_INFINITY, |max, &l| if l > max { l } else { max });
+            let max = chosen.iter().flatten().fold(f32::MIN, |max, &l| if l > max { l } else { max });
             let sum: f64 = chosen.iter().flatten().map(|&l| f64::from((l - max).exp())).sum();
             let weight = |l: &Option<f32>| match (l, score) {
                 (None, ChosenScore::Softmax | ChosenScore::Sigmoid) => not_finite,
+                // Only -inf was chosen: no weight at all.
+                (Some(_), ChosenScore::Softmax) if sum == 0.0 => 0.0,
                 (Some(l), ChosenScore::Softmax) => (l - max).exp() / sum as f32,
                 (Some(l), ChosenScore::Sigmoid) => numerics::sigmoid(*l),
             };
@@ -260,9 +267,16 @@ fn choose(
     };
     if let Some(rule) = renormalize {
         let denominator = numerics::denominator(*rule, &weights);
+        let spoiled = weights.iter().any(|weight| weight.is_nan());
         for weight in &mut weights {
-            // No weight at all (every score 0): 0 rather than 0/0.
-            *weight = if denominator == 0.0 { 0.0 } else { *weight / denominator };
+            *weight = if spoiled {
+                f32::NAN
+            } else if denominator == 0.0 {
+                // No weight at all (every score 0): 0 rather than 0/0.
+                0.0
+            } else {
+                *weight / denominator
+            };
         }
     }
     if !apply_routed_scale_to_output {

@@ -565,7 +565,8 @@ impl<'a> Lowering<'a> {
             });
             (experts_placed, shared, [expert_slots, sorted_rows, tiles, hidden, expert_out, output])
         });
-        let decode_tokens = self.options.decode_tokens.min(chunk);
+        // The matrix-vector kernel has a workgroup a row.
+        let decode_tokens = self.options.decode_tokens.min(chunk).min(self.facts.max_workgroups as usize / top_k);
         for (tokens, gemv) in [(decode_tokens, true), (chunk, false)] {
             if tokens == 0 || (!gemv && decode_tokens == chunk) {
                 continue;
@@ -607,6 +608,13 @@ impl<'a> Lowering<'a> {
                 steps.push(self.combine_step([params, topk_ids, topk_weights, expert_out, output], shared_out));
             }
             for step in &steps {
+                let memory = step.operation.workgroup_bytes();
+                if memory > WORKGROUP_BYTES {
+                    let because =
+                        format!("step {} needs {memory} of {WORKGROUP_BYTES} bytes of workgroup memory", step.name);
+                    let field = "num_experts, top_k or n_group";
+                    return Err(refuse(self.facts.backend, field, &num_experts, because).into());
+                }
                 let largest = step.grid.workgroups(tokens).into_iter().max().unwrap_or(0);
                 if largest > self.facts.max_workgroups {
                     return Err(refuse(
@@ -727,6 +735,8 @@ impl<'a> Lowering<'a> {
     }
 }
 
+/// Workgroup memory that every WebGPU device has.
+const WORKGROUP_BYTES: usize = 16 << 10;
 /// Invocations of a gemv workgroup.
 const GEMV_WORKGROUP: u32 = 64;
 /// Matrix rows whose sums one invocation holds.
@@ -734,8 +744,8 @@ const GEMV_ROWS_PER_LANE: u32 = 4;
 
 /// Tokens whose activations fit the device's bindings.
 fn chunk_tokens(spec: &MoeSpec, scope: Scope, max_tokens: usize, facts: &DeviceFacts) -> Result<usize> {
-    // Offsets of per-token buffers in whole chunks are multiples of 256 bytes if chunks are of 64 tokens.
-    const GRANULE: usize = 64;
+    // Chunks of 128 tokens begin at multiples of 256 bytes whatever a token has, as bindings must.
+    const GRANULE: usize = 128;
     let limit = usize::try_from(facts.max_binding_bytes.min(1 << 31)).unwrap_or(usize::MAX);
     let mut per_token = vec![("hidden_size", 4 * spec.hidden_size), ("num_experts", 4 * spec.router_outputs())];
     if scope == Scope::Layer {
@@ -745,7 +755,14 @@ fn chunk_tokens(spec: &MoeSpec, scope: Scope, max_tokens: usize, facts: &DeviceF
             per_token.push(("shared.intermediate_size", 4 * mlp.intermediate_size));
         }
     }
-    let mut chunk = max_tokens.min(facts.max_workgroups as usize / spec.top_k);
+    // The routing has a workgroup a token, the tiled GEMM one a tile.
+    let workgroups = facts.max_workgroups as usize;
+    let tiled = workgroups.saturating_sub(spec.num_experts) * TILE_ROWS / spec.top_k;
+    let mut chunk = max_tokens.min(workgroups).min(tiled);
+    if chunk < GRANULE.min(max_tokens) {
+        let because = format!("{GRANULE} tokens need more than {workgroups} workgroups");
+        return Err(refuse(facts.backend, "top_k", &spec.top_k, because).into());
+    }
     for (field, bytes) in per_token {
         let fits = limit / bytes;
         if fits < GRANULE.min(max_tokens) {

@@ -648,7 +648,7 @@ pub enum CombineOrder {
 /// How block scales meet the products of a quantised GEMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BlockScale {
-    /// f32 products of a block are summed, then scaled, then added.
+    /// Scales act in f32: on each weight, on a part of a block's sum, or on the whole of it.
     Exact,
     /// Scales are folded into narrower operands.
     Folded,
@@ -675,12 +675,12 @@ impl Precision {
 /// Largest router width. Bounds the histogram and the selection of every backend.
 pub const MAX_ROUTER_OUTPUTS: usize = 1024;
 /// Largest width of a row. Keeps `rows * width` of one matrix below 2^40.
-const MAX_WIDTH: usize = 1 << 20;
+pub(crate) const MAX_WIDTH: usize = 1 << 20;
 
 impl MoeSpec {
     /// E plus zero experts: width of the logits.
     pub fn router_outputs(&self) -> usize {
-        self.num_experts + self.routing.zero_experts.map_or(0, |zero| zero.count)
+        self.num_experts.saturating_add(self.routing.zero_experts.map_or(0, |zero| zero.count))
     }
 
     /// Whether the selection adds `e_score_correction_bias`.
@@ -1010,15 +1010,15 @@ impl ExpertMlp {
 }
 
 impl WeightFormat {
-    fn validate(&self, path: &'static str) -> Result<()> {
+    pub(crate) fn validate(&self, path: &'static str) -> Result<()> {
         match self {
             Self::F32 | Self::F16 | Self::Bf16 => Ok(()),
             Self::Fp8Block { block: [rows, columns], scale: ScaleFormat::F32 | ScaleFormat::E8m0 } => {
-                if *rows == 0 || *columns == 0 {
+                if *rows == 0 || *columns == 0 || *rows > MAX_WIDTH || *columns > MAX_WIDTH {
                     return Err(Error::invalid(
                         path,
                         format!("blocks of {rows} x {columns}"),
-                        "blocks of at least 1 x 1",
+                        format!("blocks of 1 to {MAX_WIDTH} rows and columns"),
                         "correct weight_block_size",
                     ));
                 }

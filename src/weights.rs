@@ -140,6 +140,17 @@ impl<'a> Matrix<'a> {
         stack: Option<(usize, usize)>,
         [rows, cols]: [usize; 2],
     ) -> Result<Self> {
+        format.validate("format")?;
+        let limit = crate::spec::MAX_WIDTH;
+        let stacked = stack.is_none_or(|(entry, count)| entry < count && count <= limit);
+        if rows > limit || cols > limit || !stacked {
+            return Err(Error::invalid(
+                tensor.name.to_string(),
+                format!("a view of {rows} x {cols}, entry {stack:?}"),
+                format!("at most {limit} rows, columns and entries, and an entry below their number"),
+                "correct the sizes",
+            ));
+        }
         let (stored_dtype, element) = match format {
             WeightFormat::F32 => (Dtype::F32, 4),
             WeightFormat::F16 => (Dtype::F16, 2),
@@ -377,6 +388,14 @@ impl RouterWeights<'_> {
         present("router.weight", weight.is_some(), has_weight)?;
         vector("router.bias", bias.as_deref(), has_bias, outputs)?;
         vector("router.selection_bias", selection_bias.as_deref(), spec.has_selection_bias(), outputs)?;
+        if let Some(expert) = selection_bias.iter().flatten().position(|bias| bias.is_nan()) {
+            return Err(Error::invalid(
+                "router.selection_bias",
+                format!("NaN for expert {expert}"),
+                "numbers",
+                "the checkpoint is damaged: a NaN cannot be compared",
+            ));
+        }
         let vocab_size = match spec.routing.method {
             RoutingMethod::Hash { score: _, vocab_size } => Some(vocab_size),
             RoutingMethod::TopK { score: _, key: _, groups: _ } => None,

@@ -1,6 +1,7 @@
 // combine: out[t] = ROUTED_SCALING_FACTOR * sum over slots, in order, of topk_weights * expert_out (+ shared).
 // expert_out f32 [tokens * TOP_K, HIDDEN_SIZE]; out [tokens, HIDDEN_SIZE] in VALUES_PER_WORD values a word.
-// An id outside 0..NUM_EXPERTS (-1: padding) contributes nothing. id -2: the token is outside of the hash table, its row is NaN.
+// id -1: no contribution. Any other id that no expert has (-2: the token is outside of the hash table) makes
+// the row NaN: it is a fault, and never a silent zero.
 // Twin: src/kernels/combine.rs
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) invocation: vec3<u32>, @builtin(num_workgroups) workgroups: vec3<u32>) {
@@ -16,8 +17,8 @@ fn main(@builtin(global_invocation_id) invocation: vec3<u32>, @builtin(num_workg
                 var missed = false;
                 for (var slot = token * TOP_K; slot < (token + 1u) * TOP_K; slot++) {
                     let id = topk_ids[slot];
-                    missed = missed || id == -2;
-                    if id >= 0 && id < i32(NUM_EXPERTS) {
+                    missed = missed || id < -1 || id >= i32(NUM_EXPERTS);
+                    if id >= 0 {
                         sum += topk_weights[slot] * expert_out[slot * HIDDEN_SIZE + at % HIDDEN_SIZE];
                     }
                 }

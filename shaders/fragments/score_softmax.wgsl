@@ -57,6 +57,12 @@ fn score_row(base: u32, index: u32) {
     let valid = (softmax_state[0] & 6u) == 2u;
     for (var e = index; e < ROUTER_OUTPUTS; e += WORKGROUP) {
         scores[e] = select(0.0, scores[e] / softmax_sum[0], valid);
-        keys[e] = select(0u, 1u, valid);
+        // Far below the largest, the score is subnormal; 2^64 times it is not.
+        let distance = logits[base + e] - largest;
+        var subnormal = 0u;
+        if distance < -80.0 && distance >= -104.0 {
+            subnormal = subnormal_bits(exp(distance + 44.3614196) / softmax_sum[0]);
+        }
+        keys[e] = select(0u, 1u + subnormal, valid);
     }
 }

@@ -9,12 +9,16 @@ fn gate_times_sigmoid(gate: f32, alpha: f32) -> f32 {
     return bitcast<f32>(bits);
 }
 
-// Comparisons that NaN fails, so that it stays; min and clamp may drop it.
+// `bounded`, but NaN where `value` is NaN: on bits, since a compiler may turn comparisons into min and max.
+fn keep_nan(value: f32, bounded: f32) -> f32 {
+    let bits = bitcast<u32>(value);
+    return bitcast<f32>(select(bitcast<u32>(bounded), bits, (bits & 0x7fffffffu) > 0x7f800000u));
+}
+
 fn at_most(value: f32, limit: f32) -> f32 {
-    return select(value, limit, value > limit);
+    return keep_nan(value, select(value, limit, value > limit));
 }
 
 fn within(value: f32, limit: f32) -> f32 {
-    let bounded = at_most(value, limit);
-    return select(bounded, -limit, bounded < -limit);
+    return keep_nan(value, select(select(value, limit, value > limit), -limit, value < -limit));
 }

@@ -2,6 +2,8 @@
 // key, topk_weights f32 [tokens, TOP_K]. One workgroup a token; nothing is sorted: an expert's rank is the
 // number of experts with a larger key, or an equal key and a lower id.
 // keys[e]: order_key, 0 if the score is not finite: lowest, and its weight is 0 (NaN if NAN_PROPAGATES).
+// score_row leaves 0 there for such a score, else 1 + its bits if it is subnormal: devices flush those to 0,
+// but they are distinct keys.
 // Twin: src/kernels/topk_routing.rs
 const WORKGROUP: u32 = 64u;
 
@@ -19,8 +21,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     score_row(base, index);
     for (var e = index; e < ROUTER_OUTPUTS; e += WORKGROUP) {
         if keys[e] != 0u {
-            let key = selection_key(base, e);
-            keys[e] = select(order_key(key), 0u, is_nan(key));
+            keys[e] = selection_key(base, e, keys[e] - 1u);
         }
     }
     workgroupBarrier();

@@ -66,13 +66,14 @@ impl Combine {
         let weights = arguments.read_f32("topk_weights")?;
         let expert_out = arguments.read_f32("expert_out")?;
         let shared_out = if self.shared { Some(arguments.read_f32("shared_out")?) } else { None };
+        let expert = |slot: usize| usize::try_from(ids[slot]).ok().filter(|&id| id < self.num_experts);
         let value = |at: usize| {
             let slots = at / self.hidden_size * self.top_k..(at / self.hidden_size + 1) * self.top_k;
-            if slots.clone().any(|slot| ids[slot] == -2) {
+            if slots.clone().any(|slot| ids[slot] != -1 && expert(slot).is_none()) {
                 return f32::NAN;
             }
             let sum: f32 = slots
-                .filter(|&slot| usize::try_from(ids[slot]).is_ok_and(|id| id < self.num_experts))
+                .filter(|&slot| expert(slot).is_some())
                 .map(|slot| weights[slot] * expert_out[slot * self.hidden_size + at % self.hidden_size])
                 .sum();
             self.output_scale * sum + shared_out.map_or(0.0, |shared| shared[at])

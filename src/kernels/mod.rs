@@ -78,6 +78,16 @@ impl Operation {
         }
     }
 
+    /// Bytes of workgroup memory, for kernels whose need grows with the spec.
+    pub fn workgroup_bytes(&self) -> usize {
+        match self {
+            Self::TopkRouting(kernel) => kernel.workgroup_bytes(),
+            Self::Permute(kernel) => kernel.workgroup_bytes(),
+            // Fixed, below 10 KiB.
+            Self::GroupedGemm(_) | Self::Combine(_) => 0,
+        }
+    }
+
     /// Its twin: the same function on the same buffers, in Rust.
     ///
     /// # Errors

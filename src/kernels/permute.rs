@@ -22,6 +22,11 @@ impl Permute {
         rows.min(rows / TILE_ROWS + self.num_experts)
     }
 
+    /// A count an expert and two scans.
+    pub(super) fn workgroup_bytes(&self) -> usize {
+        4 * (self.num_experts + 2 * 256)
+    }
+
     pub(super) fn source(&self) -> Source {
         let Self { num_experts, top_k } = self;
         Source {

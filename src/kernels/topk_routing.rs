@@ -48,6 +48,12 @@ impl TopkRouting {
         }
     }
 
+    /// Scores, keys, the chosen, two words a group, and the softmax's three scans.
+    pub(super) fn workgroup_bytes(&self) -> usize {
+        let groups = self.parts().groups.map_or(0, |groups| groups.n_group);
+        4 * (2 * self.router_outputs + self.top_k + 2 * groups + 3 * 64)
+    }
+
     pub(super) fn source(&self) -> Source {
         let Parts { score, key, groups, chosen, vocab_size } = self.parts();
         let mut constants = vec![
@@ -66,11 +72,15 @@ impl TopkRouting {
         if score == Score::Sigmoid || chosen == Some(ChosenScore::Sigmoid) {
             fragments.push(shader!("fragments/sigmoid.wgsl"));
         }
-        fragments.push(match score {
-            Score::Softmax => shader!("fragments/score_softmax.wgsl"),
-            Score::Sigmoid => shader!("fragments/score_sigmoid.wgsl"),
-            Score::SqrtSoftplus => shader!("fragments/score_sqrt_softplus.wgsl"),
-            Score::Identity => shader!("fragments/score_identity.wgsl"),
+        fragments.push(match chosen {
+            Some(ChosenScore::Softmax) => shader!("fragments/score_chosen_softmax.wgsl"),
+            Some(ChosenScore::Sigmoid) => shader!("fragments/score_chosen_sigmoid.wgsl"),
+            None => match score {
+                Score::Softmax => shader!("fragments/score_softmax.wgsl"),
+                Score::Sigmoid => shader!("fragments/score_sigmoid.wgsl"),
+                Score::SqrtSoftplus => shader!("fragments/score_sqrt_softplus.wgsl"),
+                Score::Identity => shader!("fragments/score_identity.wgsl"),
+            },
         });
         let selection_bias = read("selection_bias", "array<f32>");
         match key {
@@ -148,7 +158,14 @@ impl TopkRouting {
             let logits = &logits[token * self.router_outputs..][..self.router_outputs];
             let ids = &mut topk_ids[token * self.top_k..][..self.top_k];
             let weights = &mut topk_weights[token * self.top_k..][..self.top_k];
-            let scores = score_row(parts.score, logits);
+            let scores = match parts.chosen {
+                None => score_row(parts.score, logits),
+                // The logits themselves are compared; whether their score will be finite decides.
+                Some(ChosenScore::Softmax) => {
+                    logits.iter().map(|&l| Some(l).filter(|l| !l.is_nan() && *l < f32::INFINITY)).collect()
+                }
+                Some(ChosenScore::Sigmoid) => logits.iter().map(|&l| Some(l).filter(|l| !l.is_nan())).collect(),
+            };
             let key = |e: usize| {
                 let score = scores[e]?;
                 let key = match parts.key {
@@ -281,7 +298,8 @@ fn weigh(chosen: Option<ChosenScore>, values: &[Option<f32>]) -> Vec<Option<f32>
             let largest = values.iter().flatten().copied().fold(f32::MIN, f32::max);
             let exps: Vec<Option<f32>> = values.iter().map(|value| value.map(|l| (l - largest).exp())).collect();
             let sum: f32 = exps.iter().flatten().sum();
-            exps.iter().map(|e| e.map(|e| e / sum)).collect()
+            // Only -inf was chosen: no weight at all.
+            exps.iter().map(|e| e.map(|e| if sum == 0.0 { 0.0 } else { e / sum })).collect()
         }
     }
 }

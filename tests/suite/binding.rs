@@ -70,9 +70,9 @@ fn seam<B: Host + Clone>(backend: &B) {
     let routed: Vec<i32> = bytemuck::cast_vec(backend.read(&ids).unwrap());
     assert_eq!(routed, want.routed.topk_ids);
 
-    // The caller drops the first slot of each token by an id that no expert has.
+    // The caller drops the first slot of each token, as a padding id does.
     let dropped: Vec<u32> =
-        routed.iter().enumerate().map(|(at, &id)| if at % 3 == 0 { 12 } else { id as u32 }).collect();
+        routed.iter().enumerate().map(|(at, &id)| if at % 3 == 0 { u32::MAX } else { id as u32 }).collect();
     backend.write(&ids, 0, &dropped).unwrap();
     let mut encoder = backend.encoder();
     bound.record_experts(&mut encoder, &Tokens::Host(tokens)).unwrap();

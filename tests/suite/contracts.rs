@@ -8,6 +8,7 @@ use fastrand::Rng;
 use moewe::Scope;
 use moewe::kernels::{Access, Source};
 use moewe::schedule::{DeviceFacts, lower};
+use moewe::spec::*;
 use naga::valid::{Capabilities, GlobalUse, ModuleInfo, ValidationFlags, Validator};
 
 use crate::rig::{GEMV, TILED, random_spec};
@@ -42,6 +43,14 @@ fn parse(text: &str) -> (naga::Module, ModuleInfo) {
     let info = Validator::new(ValidationFlags::all(), Capabilities::empty()).validate(&module);
     let info = info.unwrap_or_else(|error| panic!("{}\n{text}", error.emit_to_string(text)));
     (module, info)
+}
+
+/// Bytes of workgroup memory.
+fn workgroup_memory(module: &naga::Module) -> u32 {
+    let mut layouter = naga::proc::Layouter::default();
+    layouter.update(module.to_ctx()).unwrap();
+    let workgroup = module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup);
+    workgroup.map(|(_, variable)| layouter[variable.ty].size.next_multiple_of(16)).sum()
 }
 
 /// Words of the text without comments.
@@ -115,12 +124,28 @@ fn every_kernel_keeps_to_the_portability_floor() {
         let (module, _) = parse(&text);
         let size = module.entry_points[0].workgroup_size;
         assert!(size.iter().product::<u32>() <= 256, "{}: {size:?}", source.kernel());
-        let mut layouter = naga::proc::Layouter::default();
-        layouter.update(module.to_ctx()).unwrap();
-        let workgroup = module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup);
-        let bytes: u32 = workgroup.map(|(_, variable)| layouter[variable.ty].size.next_multiple_of(16)).sum();
+        let bytes = workgroup_memory(&module);
         assert!(bytes <= 16 << 10, "{}: {bytes} bytes of workgroup memory", source.kernel());
     }
+}
+
+#[test]
+fn the_largest_router_keeps_to_the_floor_and_a_larger_one_is_refused_by_name() {
+    let facts = DeviceFacts { backend: "text", max_binding_bytes: 128 << 20, max_workgroups: 65_535 };
+    let mut spec = crate::rig::deepseek_like();
+    (spec.num_experts, spec.top_k) = (1024, 512);
+    let mut lowered = |n_group| {
+        let groups = Some(Groups { n_group, topk_group: n_group, score: GroupScore::MaxOfScore });
+        spec.routing.method = RoutingMethod::TopK { score: Score::Softmax, key: SelectionKey::Score, groups };
+        lower(&spec, Scope::Routing, 64, &facts, &TILED)
+    };
+    let schedule = lowered(512).unwrap();
+    for step in &schedule.buckets[0].steps {
+        let (bytes, text) = (step.operation.workgroup_bytes(), step.operation.source().wgsl());
+        assert!(workgroup_memory(&parse(&text).0) <= bytes.max(10 << 10) as u32, "{}", step.name);
+    }
+    let refusal = lowered(1024).unwrap_err().to_string();
+    assert!(refusal.contains("n_group") && refusal.contains("workgroup memory"), "{refusal}");
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! Whole layers: every backend against the reference.
 
 use fastrand::Rng;
+use moewe::Options;
 use moewe::host::Outcome;
 use moewe::reference::{self, Inputs};
 use moewe::spec::*;
-use moewe::{Options, numerics};
 
 use crate::rig::{AUTO, GEMV, RandomLayer, TILED, deepseek_like, gpu, random_spec};
 
@@ -14,34 +14,32 @@ const ROW_TOLERANCE: f32 = 1e-5;
 /// Scores pass one exponential, which WGSL gives to 3 + 2|x| ulp.
 const WEIGHT_TOLERANCE: f32 = 1e-5;
 
-/// Tokens whose selection is not a near tie: there each backend must choose the same experts.
+/// Compares what each token got. A token may have other experts, or another order of them, only where the
+/// reference itself chooses so after logits moved by rounding; such tokens are few.
 fn compare(layer: &RandomLayer, want: &reference::Layer, got: &Outcome, what: &str) {
     let (k, h) = (layer.spec.top_k, layer.spec.hidden_size);
     let tokens = want.output.len() / h;
     let mut compared = 0;
     for token in 0..tokens {
         let slots = token * k..(token + 1) * k;
-        if want.routed.topk_ids[slots.clone()] != got.topk_ids[slots.clone()] {
-            // Two keys closer than the exponential's error may change places; then the same experts
-            // must be there in another order, or the case says nothing.
-            let sorted = |ids: &[i32]| {
-                let mut ids = ids.to_vec();
-                ids.sort_unstable();
-                ids
-            };
-            let same = sorted(&want.routed.topk_ids[slots.clone()]) == sorted(&got.topk_ids[slots.clone()]);
-            assert!(
-                same || near_tie(layer, want, token),
-                "{what}: token {token}: ids {:?}, expected {:?}",
-                &got.topk_ids[slots.clone()],
-                &want.routed.topk_ids[slots]
-            );
+        let by_id = |ids: &[i32], weights: &[f32]| {
+            let mut pairs: Vec<(i32, f32)> = ids.iter().copied().zip(weights.iter().copied()).collect();
+            pairs.sort_by_key(|(id, _)| *id);
+            pairs
+        };
+        let (want_ids, got_ids) = (&want.routed.topk_ids[slots.clone()], &got.topk_ids[slots.clone()]);
+        if want_ids != got_ids {
+            let near = near_tie(layer, want, token, got_ids);
+            assert!(near, "{what}: token {token}: ids {got_ids:?}, expected {want_ids:?}");
+        }
+        let want_pairs = by_id(want_ids, &want.routed.topk_weights[slots.clone()]);
+        let got_pairs = by_id(got_ids, &got.topk_weights[slots]);
+        if want_pairs.iter().zip(&got_pairs).any(|(want, got)| want.0 != got.0) {
             continue;
         }
-        for slot in slots {
-            let (want, got) = (want.routed.topk_weights[slot], got.topk_weights[slot]);
+        for ((id, want), (_, got)) in want_pairs.into_iter().zip(got_pairs) {
             let close = (want - got).abs() <= WEIGHT_TOLERANCE * want.abs().max(1.0);
-            assert!(close, "{what}: weight of slot {slot}: {got}, expected {want}");
+            assert!(close, "{what}: token {token}, weight of expert {id}: {got}, expected {want}");
         }
         let want = &want.output[token * h..(token + 1) * h];
         let got = &got.output[token * h..(token + 1) * h];
@@ -58,25 +56,30 @@ fn compare(layer: &RandomLayer, want: &reference::Layer, got: &Outcome, what: &s
         }
         compared += 1;
     }
-    assert!(tokens == 0 || compared > 0, "{what}: nothing was compared");
+    assert!(10 * compared >= 9 * tokens, "{what}: only {compared} of {tokens} tokens were compared");
 }
 
-/// Whether two experts' keys (or two groups' sums) lie within rounding of each other.
-fn near_tie(layer: &RandomLayer, want: &reference::Layer, token: usize) -> bool {
+/// Whether the reference chooses `ids`, in this order, after the logits moved by less than an exponential's
+/// error, the earlier of them up by more.
+fn near_tie(layer: &RandomLayer, want: &reference::Layer, token: usize, ids: &[i32]) -> bool {
     let outputs = layer.spec.router_outputs();
-    let logits = &want.routed.logits[token * outputs..(token + 1) * outputs];
-    let bias = |e: usize| layer.selection_bias.as_ref().map_or(0.0, |bias| bias[e]);
-    let RoutingMethod::TopK { score, .. } = layer.spec.routing.method else { return false };
-    let keys: Vec<f32> = (0..outputs)
-        .map(|e| match score {
-            Score::Sigmoid => numerics::sigmoid(logits[e]) + bias(e),
-            Score::SqrtSoftplus => numerics::sqrt_softplus(logits[e]) + bias(e),
-            Score::Softmax => logits[e].exp() / logits.iter().map(|l| l.exp()).sum::<f32>() + bias(e),
-            Score::Identity => logits[e] + bias(e),
-        })
-        .collect();
-    let near = |a: f32, b: f32| (a - b).abs() < 2e-6 * (1.0 + a.abs());
-    (0..outputs).any(|a| (0..a).any(|b| near(keys[a], keys[b])))
+    let mut logits = want.routed.logits[token * outputs..(token + 1) * outputs].to_vec();
+    for (slot, &id) in ids.iter().enumerate() {
+        let Some(logit) = usize::try_from(id).ok().and_then(|id| logits.get_mut(id)) else { return false };
+        let step = 1e-5 * (1.0 - slot as f32 / ids.len() as f32);
+        *logit += step * (1.0 + logit.abs());
+    }
+    let mut spec = layer.spec.clone();
+    spec.router = Router::Given { transform: LogitTransform::None };
+    let weights = layer.weights().router;
+    let router = moewe::RouterWeights { weight: None, bias: None, ..weights };
+    let row = vec![0.0; spec.hidden_size];
+    let inputs = Inputs { hidden_states: &row, token_ids: None, logits: Some(&logits) };
+    match spec.routing.method {
+        // The table leaves no choice.
+        RoutingMethod::Hash { .. } => false,
+        _ => reference::route(&spec, &router, inputs).unwrap().topk_ids == ids,
+    }
 }
 
 fn check(layer: &RandomLayer, tokens: usize, options: &Options, what: &str) {
@@ -185,17 +188,46 @@ fn token_chunks_give_the_same_rows() {
     let tokens = 300;
     let (hidden_states, _) = layer.inputs(tokens, 8);
     let want = layer.reference(&hidden_states, None);
-    // A binding of 40,000 bytes holds the expert rows of 83 tokens: chunks of 64.
-    let facts = DeviceFacts { backend: "small", max_binding_bytes: 40_000, max_workgroups: 65_535 };
+    // A binding of 70,000 bytes holds the expert rows of 145 tokens: chunks of 128.
+    let facts = DeviceFacts { backend: "small", max_binding_bytes: 70_000, max_workgroups: 65_535 };
     let cpu = layer.on_cpu(tokens, &AUTO, Some(facts));
-    assert_eq!(cpu.plan().schedule().chunk_tokens, 64);
+    assert_eq!(cpu.plan().schedule().chunk_tokens, 128);
     let inputs = Inputs { hidden_states: &hidden_states, token_ids: None, logits: None };
     compare(&layer, &want, &cpu.run(&inputs).unwrap(), "cpu in chunks");
-    let gpu = moewe::backend::wgpu::Wgpu::with_binding_limit(gpu(), 40_000);
+    let gpu = moewe::backend::wgpu::Wgpu::with_binding_limit(gpu(), 70_000);
     let plan = moewe::Plan::new(gpu, &layer.spec, &layer.weights(), tokens, &AUTO).unwrap();
-    assert_eq!(plan.schedule().chunk_tokens, 64);
+    assert_eq!(plan.schedule().chunk_tokens, 128);
     let session = moewe::host::Session::new(plan, &layer.spec).unwrap();
     compare(&layer, &want, &session.run(&inputs).unwrap(), "wgpu in chunks");
+}
+
+#[test]
+fn chunks_of_odd_rows_of_16_bits_begin_where_a_binding_may() {
+    let mut spec = deepseek_like();
+    spec.hidden_size = 33;
+    spec.precision = Precision::float32(FloatType::Bf16, FloatType::F16);
+    let layer = RandomLayer::new(spec, 9);
+    let tokens = 300;
+    let (hidden_states, _) = layer.inputs(tokens, 10);
+    let want = layer.reference(&hidden_states, None);
+    let gpu = gpu().with_binding_limit(60_000);
+    let plan = moewe::Plan::new(gpu, &layer.spec, &layer.weights(), tokens, &AUTO).unwrap();
+    assert_eq!(plan.schedule().chunk_tokens, 128);
+    let session = moewe::host::Session::new(plan, &layer.spec).unwrap();
+    let inputs = Inputs { hidden_states: &hidden_states, token_ids: None, logits: None };
+    compare(&layer, &want, &session.run(&inputs).unwrap(), "odd rows in chunks");
+}
+
+#[test]
+fn as_many_experts_as_a_router_may_have_can_all_be_chosen() {
+    let mut spec = deepseek_like();
+    (spec.hidden_size, spec.num_experts, spec.top_k) = (4, 1024, 1024);
+    spec.experts.intermediate_size = 1;
+    spec.routing.method = RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::Score, groups: None };
+    for tokens in [64, 65] {
+        // 65 tokens have more rows than a grid has workgroups.
+        check(&RandomLayer::new(spec.clone(), 10), tokens, &GEMV, &format!("k = E = 1024, {tokens} tokens"));
+    }
 }
 
 #[test]

@@ -154,8 +154,12 @@ fn scores_that_are_not_finite_come_last_with_weight_zero() {
     case(&spec, &[-INF; 3]).expect(&[0, 1], &[0.0, 0.0]);
     case(&spec, &[-INF, 0.0, -INF]).expect(&[1, 0], &[1.0, 0.0]);
     let spec = logits_are_inputs(4, RoutingMethod::TopKThenScore { score: ChosenScore::Softmax }, 3);
-    case(&spec, &[NAN, 1.0, -INF, 1.0]).expect(&[1, 3, 0], &[0.5, 0.5, 0.0]);
+    case(&spec, &[NAN, 1.0, -INF, 1.0]).expect(&[1, 3, 2], &[0.5, 0.5, 0.0]);
+    case(&spec, &[NAN, 1.0, INF, -2.0]).expect(&[1, 3, 0], &[1.0 / (1.0 + (-3f32).exp()), 0.047_425_874, 0.0]);
     case(&spec, &[NAN; 4]).expect(&[0, 1, 2], &[0.0; 3]);
+    case(&spec, &[-INF; 4]).expect(&[0, 1, 2], &[0.0; 3]);
+    let spec = logits_are_inputs(4, RoutingMethod::TopKThenScore { score: ChosenScore::Sigmoid }, 4);
+    case(&spec, &[NAN, -INF, INF, 0.0]).expect(&[2, 3, 1, 0], &[1.0, 0.5, 0.0, 0.0]);
 }
 
 #[test]
@@ -185,6 +189,26 @@ fn scores_keep_their_digits_at_both_ends() {
     for (who, _, weights) in case(&spec, &logits).run() {
         for (got, want) in weights.iter().zip([exact[2], exact[1], exact[0]]) {
             assert!((got / want - 1.0).abs() < 1e-5, "{who}: {got} {want}");
+        }
+    }
+}
+
+#[test]
+fn scores_too_small_for_a_device_still_have_their_order() {
+    // f32 holds these as subnormals, which devices flush to 0; beyond them exact zeros tie.
+    let spec = logits_are_inputs(6, plain(Score::Softmax), 3);
+    case(&spec, &[0.0, -95.0, -90.0, -92.0, -99.0, -200.0]).expect(&[0, 2, 3], &[1.0, 0.0, 0.0]);
+    case(&spec, &[-300.0, -200.0, 0.0, -250.0, -120.0, -110.0]).expect(&[2, 0, 1], &[1.0, 0.0, 0.0]);
+    let spec = logits_are_inputs(5, plain(Score::Sigmoid), 2);
+    case(&spec, &[-89.0, -88.6, -88.2, -88.1, -100.0]).expect(&[3, 2], &[0.0, 0.0]);
+    // The root of softplus is no small number where softplus is.
+    let spec = logits_are_inputs(3, plain(Score::SqrtSoftplus), 3);
+    let logits = [-80.0f32, -60.0, -85.0];
+    for (who, ids, weights) in case(&spec, &logits).run() {
+        assert_eq!(ids, [1, 0, 2], "{who}");
+        for (got, id) in weights.iter().zip([1usize, 0, 2]) {
+            let want = (f64::from(logits[id]) / 2.0).exp();
+            assert!((f64::from(*got) / want - 1.0).abs() < 1e-4, "{who}: {got} {want}");
         }
     }
 }

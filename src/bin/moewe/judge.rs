@@ -137,7 +137,7 @@ impl Verdict {
         let input = file.input_type(&batches)?;
         let activations = ActivationQuant::None;
         let request = Request { layer: case.layer()?, input, output: FloatType::F32, activations };
-        let tokens = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0);
+        let tokens = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0).max(1);
         let resolved = match scope {
             Scope::Layer => families::resolve(&checkpoint, &request)?,
             Scope::Routing => families::resolve_router(&checkpoint, &request)?,

@@ -1,5 +1,17 @@
 //! `moewe`: runs one Mixture-of-Experts layer, and judges backends by golden cases.
 
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::unreachable
+    )
+)]
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -107,6 +119,7 @@ struct VerifyOptions {
 fn tokens(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(0) => Err("at least 1 token".into()),
+        Ok(tokens) if tokens > 1 << 24 => Err("at most 2^24 tokens".into()),
         Ok(tokens) => Ok(tokens),
         Err(error) => Err(error.to_string()),
     }

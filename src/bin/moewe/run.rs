@@ -84,8 +84,8 @@ fn measure(
 ) -> Result<Measured, Error> {
     let spec = &resolved.spec;
     let weights = resolved.weights(checkpoint)?;
-    let tokens = RandomTokens::draw(spec, options.tokens, options.seed)?;
     let runner = engine.plan(spec, Work::Layer(&weights), options.tokens)?;
+    let tokens = RandomTokens::draw(spec, options.tokens, options.seed)?;
     let outcome = runner.run(&tokens.first(options.tokens, spec.hidden_size))?;
     let comparison = match options.device.backend {
         // It would be compared with itself.
