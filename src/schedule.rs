@@ -685,7 +685,7 @@ impl<'a> Lowering<'a> {
         for (segment, &(codes, spans)) in placed.buffers.iter().enumerate() {
             let span_rows = matrix.max_span_rows(segment);
             let (variant, grid) = if gemv {
-                let lanes = (matrix.vecs_per_row() as u32).next_power_of_two().min(GEMV_WORKGROUP);
+                let lanes = (matrix.vecs_per_row() as u32).next_power_of_two().min(GEMV_LANES);
                 let tile_rows = GEMV_WORKGROUP / lanes * GEMV_ROWS_PER_LANE;
                 let items = match rows {
                     RowSource::Direct => 1,
@@ -737,8 +737,10 @@ impl<'a> Lowering<'a> {
 
 /// Workgroup memory that every WebGPU device has.
 const WORKGROUP_BYTES: usize = 16 << 10;
-/// Invocations of a gemv workgroup.
-const GEMV_WORKGROUP: u32 = 64;
+/// Invocations of a gemv workgroup: the more, the more matrix rows share one staging of x.
+const GEMV_WORKGROUP: u32 = 256;
+/// Most invocations that share a matrix row.
+const GEMV_LANES: u32 = 64;
 /// Matrix rows whose sums one invocation holds.
 const GEMV_ROWS_PER_LANE: u32 = 4;
 

@@ -4,3 +4,8 @@ fn weight_quad(words: vec4<u32>, quad: u32) -> vec4<f32> {
     let pair = vec2<u32>(words[2u * quad], words[2u * quad + 1u]);
     return bitcast<vec4<f32>>(vec4<u32>(pair.x << 16u, pair.x & 0xffff0000u, pair.y << 16u, pair.y & 0xffff0000u));
 }
+
+// One of the weights of a word.
+fn weight_one(word: u32, which: u32) -> f32 {
+    return bitcast<f32>((word >> (16u * which)) << 16u);
+}

@@ -9,3 +9,8 @@ fn weight_quad(words: vec4<u32>, quad: u32) -> vec4<f32> {
         decode_f16(pair.y >> 16u),
     );
 }
+
+// One of the weights of a word.
+fn weight_one(word: u32, which: u32) -> f32 {
+    return decode_f16((word >> (16u * which)) & 0xffffu);
+}

@@ -16,13 +16,8 @@ fn row_sum(tile_row: u32) -> f32 {
 }
 
 fn input_quad(input: u32, col: u32) -> vec4<f32> {
-    if col + 4u <= COLS {
-        return vec4<f32>(
-            input_value(input + col),
-            input_value(input + col + 1u),
-            input_value(input + col + 2u),
-            input_value(input + col + 3u),
-        );
+    if COLS % 4u == 0u && col < COLS {
+        return input_four(input + col);
     }
     var values = vec4<f32>();
     if col < COLS {
@@ -33,6 +28,9 @@ fn input_quad(input: u32, col: u32) -> vec4<f32> {
     }
     if col + 2u < COLS {
         values.z = input_value(input + col + 2u);
+    }
+    if col + 3u < COLS {
+        values.w = input_value(input + col + 3u);
     }
     return values;
 }

@@ -5,6 +5,7 @@
 // out: f32 [rows, OUT_COLS]. Twin: src/kernels/grouped_gemm.rs
 const TILE_N: u32 = 64u;
 const TILE_K: u32 = 16u;
+const WEIGHTS_PER_WORD: u32 = WEIGHTS_PER_VEC / 4u;
 // Quads of a staged column: 16 for 64 rows, and one more so that the columns begin in different banks.
 const STRIDE: u32 = 17u;
 const_assert TILE_M == 64u;
@@ -18,10 +19,9 @@ fn weight_at(span: Span, matrix_row: u32, col: u32) -> f32 {
     if col >= VECS_PER_ROW * WEIGHTS_PER_VEC {
         return 0.0;
     }
-    let vec = col / WEIGHTS_PER_VEC;
-    let words = segment[span.codes + (matrix_row - span.row_begin) * VECS_PER_ROW + vec];
-    let quad = weight_quad(words, col % WEIGHTS_PER_VEC / 4u);
-    return quad[col % 4u] * weight_scale(span, matrix_row, col);
+    let first = 4u * (span.codes + (matrix_row - span.row_begin) * VECS_PER_ROW);
+    let weight = weight_one(segment_word(first + col / WEIGHTS_PER_WORD), col % WEIGHTS_PER_WORD);
+    return weight * weight_scale(span, matrix_row, col);
 }
 
 fn input_at(row: u32, wanted: bool, col: u32) -> f32 {
