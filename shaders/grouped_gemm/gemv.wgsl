@@ -7,6 +7,7 @@ const STAGE_VECS: u32 = STAGE_QUADS / QUADS;
 const_assert TILE_ROWS * LANES == 4u * WORKGROUP_SIZE;
 const_assert TILE_ROWS % PAIR == 0u;
 
+// [quad of a vector][vector]: neighbouring invocations read neighbouring entries.
 var<workgroup> stage: array<vec4<f32>, STAGE_QUADS>;
 // Sums of four matrix rows, one vector an invocation.
 var<workgroup> partials: array<vec4<f32>, WORKGROUP_SIZE>;
@@ -35,14 +36,20 @@ fn input_quad(input: u32, col: u32) -> vec4<f32> {
     return values;
 }
 
-// One vector of codes times the staged columns, scaled.
-fn vec_dot(span: Span, matrix_row: u32, vec: u32, staged: u32) -> f32 {
-    let words = segment[span.codes + (matrix_row - span.row_begin) * VECS_PER_ROW + vec];
-    var partial = 0.0;
-    for (var quad = 0u; quad < QUADS; quad++) {
-        partial += dot(weight_quad(words, quad), stage[staged * QUADS + quad]);
-    }
-    return partial * weight_scale(span, matrix_row, vec * WEIGHTS_PER_VEC);
+fn row_vec(span: Span, matrix_row: u32, vec: u32) -> vec4<u32> {
+    return segment[span.codes + (matrix_row - span.row_begin) * VECS_PER_ROW + vec];
+}
+
+// A quad of four rows' codes times the staged columns. Called with a constant quad: a loop would index
+// the codes at run time, which takes them out of registers.
+fn quad_dots(w0: vec4<u32>, w1: vec4<u32>, w2: vec4<u32>, w3: vec4<u32>, quad: u32, staged: u32) -> vec4<f32> {
+    let x = stage[quad * STAGE_VECS + staged];
+    return vec4<f32>(
+        dot(weight_quad(w0, quad), x),
+        dot(weight_quad(w1, quad), x),
+        dot(weight_quad(w2, quad), x),
+        dot(weight_quad(w3, quad), x),
+    );
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)
@@ -73,16 +80,30 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     for (var begin = 0u; begin < VECS_PER_ROW; begin += STAGE_VECS) {
         let count = min(STAGE_VECS, VECS_PER_ROW - begin);
         for (var quad = index; quad < count * QUADS; quad += WORKGROUP_SIZE) {
-            stage[quad] = input_quad(input, begin * WEIGHTS_PER_VEC + quad * 4u);
+            let staged = quad % QUADS * STAGE_VECS + quad / QUADS;
+            stage[staged] = input_quad(input, begin * WEIGHTS_PER_VEC + quad * 4u);
         }
         workgroupBarrier();
         for (var vec = lane; vec < count; vec += LANES) {
             let at = begin + vec;
-            sums += vec4<f32>(
-                vec_dot(span, r0, at, vec),
-                vec_dot(span, r1, at, vec),
-                vec_dot(span, r2, at, vec),
-                vec_dot(span, r3, at, vec),
+            let w0 = row_vec(span, r0, at);
+            let w1 = row_vec(span, r1, at);
+            let w2 = row_vec(span, r2, at);
+            let w3 = row_vec(span, r3, at);
+            var partial = quad_dots(w0, w1, w2, w3, 0u, vec);
+            if QUADS > 1u {
+                partial += quad_dots(w0, w1, w2, w3, 1u, vec);
+            }
+            if QUADS > 2u {
+                partial += quad_dots(w0, w1, w2, w3, 2u, vec);
+                partial += quad_dots(w0, w1, w2, w3, 3u, vec);
+            }
+            let col = at * WEIGHTS_PER_VEC;
+            sums += partial * vec4<f32>(
+                weight_scale(span, r0, col),
+                weight_scale(span, r1, col),
+                weight_scale(span, r2, col),
+                weight_scale(span, r3, col),
             );
         }
         workgroupBarrier();

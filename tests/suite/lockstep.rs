@@ -7,7 +7,7 @@ use moewe::reference::Inputs;
 use moewe::spec::*;
 use moewe::{Cpu, Options, Plan, Scratch, Tokens, Wgpu};
 
-use crate::rig::{GEMV, RandomLayer, TILED, deepseek_like, gpu};
+use crate::rig::{GEMV, RandomLayer, TILED, deepseek_like, gpu, segmented};
 
 /// Rounding errors of an f32 sum of n terms of size 1 walk at random: sqrt(n) times half an ulp of the
 /// sum, some sixteen times that at worst over a whole buffer. Relative to the row's largest value.
@@ -117,7 +117,7 @@ fn walk(spec: MoeSpec, tokens: usize, options: &Options) {
         .write(&Inputs { hidden_states: &hidden_states, token_ids: token_ids.as_deref(), logits: None })
         .unwrap();
     let cpu = Cpu::like(gpu().facts());
-    let cpu_plan = Plan::new(cpu, &layer.spec, &layer.weights(), tokens, options).unwrap();
+    let cpu_plan = Plan::new(cpu, &layer.spec, &layer.weights(), tokens, &segmented(options)).unwrap();
     // Only the backend's name may differ between the two schedules.
     assert_eq!(cpu_plan.schedule(), gpu_session.plan().schedule());
     let input = layer.spec.precision.input;

@@ -211,13 +211,13 @@ impl RandomLayer {
     }
 
     pub fn on_gpu(&self, max_tokens: usize, options: &Options) -> Session<Wgpu> {
-        let plan = Plan::new(gpu().clone(), &self.spec, &self.weights(), max_tokens, options).unwrap();
+        let plan = Plan::new(gpu().clone(), &self.spec, &self.weights(), max_tokens, &segmented(options)).unwrap();
         Session::new(plan, &self.spec).unwrap()
     }
 
     pub fn on_cpu(&self, max_tokens: usize, options: &Options, facts: Option<DeviceFacts>) -> Session<Cpu> {
         let cpu = facts.map_or_else(Cpu::new, Cpu::like);
-        let plan = Plan::new(cpu, &self.spec, &self.weights(), max_tokens, options).unwrap();
+        let plan = Plan::new(cpu, &self.spec, &self.weights(), max_tokens, &segmented(options)).unwrap();
         Session::new(plan, &self.spec).unwrap()
     }
 }
@@ -228,6 +228,12 @@ pub const AUTO: Options = Options { segment_bytes: None, decode_tokens: DECODE_T
 pub const GEMV: Options = Options { segment_bytes: None, decode_tokens: usize::MAX };
 /// The tiled kernels for any number of tokens.
 pub const TILED: Options = Options { segment_bytes: None, decode_tokens: 0 };
+
+/// `options` in segments of MOEWE_SEGMENT_BYTES, where that is set and the test does not choose.
+pub fn segmented(options: &Options) -> Options {
+    let wanted = std::env::var("MOEWE_SEGMENT_BYTES").ok().map(|bytes| bytes.parse().unwrap());
+    Options { segment_bytes: options.segment_bytes.or(wanted), ..*options }
+}
 
 /// A small layer in the manner of DeepSeek-V3, every parameter away from its neutral value.
 pub fn deepseek_like() -> MoeSpec {

@@ -6,7 +6,7 @@ use moewe::reference::Inputs;
 use moewe::spec::*;
 use moewe::{Error, Plan};
 
-use crate::rig::{AUTO, RandomLayer, deepseek_like, gpu};
+use crate::rig::{AUTO, RandomLayer, deepseek_like, gpu, segmented};
 
 /// A field and the change to it.
 struct Witness {
@@ -202,7 +202,7 @@ const MATCHES: f64 = 1e-5;
 const MOVES: f64 = 1e-3;
 
 fn run<B: moewe::host::Host>(backend: B, layer: &RandomLayer, inputs: &Inputs<'_>) -> Result<Vec<f32>, Error> {
-    let plan = Plan::new(backend, &layer.spec, &layer.weights(), TOKENS, &AUTO)?;
+    let plan = Plan::new(backend, &layer.spec, &layer.weights(), TOKENS, &segmented(&AUTO))?;
     let outcome = Session::new(plan, &layer.spec)?.run(inputs)?;
     Ok([outcome.output, outcome.topk_weights].concat())
 }

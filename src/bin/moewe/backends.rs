@@ -21,6 +21,15 @@ pub enum BackendName {
     Cuda,
 }
 
+/// What the tool leaves unused of a device, to show that less is enough. Changes no result.
+#[derive(Debug, Clone, Copy)]
+pub struct Constraints {
+    /// Ask an adapter for WebGPU's default limits and no features.
+    pub portable: bool,
+    /// Bound on one weight buffer.
+    pub segment_bytes: Option<u64>,
+}
+
 /// What runs.
 pub struct Choice {
     /// Name of the backend.
@@ -60,23 +69,27 @@ fn unsupported(backend: &'static str, field: &'static str, value: &str, because:
 }
 
 /// Chooses and opens. `--adapter` with `auto` means wgpu: who names an adapter wants that one.
-pub fn choose(backend: BackendName, adapter: Option<&str>) -> Choice {
+pub fn choose(backend: BackendName, adapter: Option<&str>, constraints: Constraints) -> Choice {
     let mut choice = match backend {
-        BackendName::Auto if adapter.is_some() => on_wgpu(adapter),
-        BackendName::Auto => automatic(),
+        BackendName::Auto if adapter.is_some() => on_wgpu(adapter, constraints),
+        BackendName::Auto => automatic(constraints),
         BackendName::Reference => Choice::of("reference", Ok(Box::new(Reference))),
-        BackendName::Cpu => on_cpu(vec![]),
-        BackendName::Wgpu => on_wgpu(adapter),
+        BackendName::Cpu => on_cpu(vec![], constraints),
+        BackendName::Wgpu => on_wgpu(adapter, constraints),
         BackendName::Cuda => Choice::absent("cuda", "backend", "cuda", "this build has no cuda backend".into()),
     };
     if let (BackendName::Reference | BackendName::Cpu | BackendName::Cuda, Some(adapter)) = (backend, adapter) {
         choice.warnings.push(format!("--adapter {adapter} has no effect: backend {} has no adapters", choice.backend));
     }
+    if let (BackendName::Reference | BackendName::Cpu | BackendName::Cuda, true) = (backend, constraints.portable) {
+        choice.warnings.push(format!("--portable has no effect: backend {} has no adapters", choice.backend));
+    }
     choice
 }
 
-fn on_cpu(passed_over: Vec<PassedOver>) -> Choice {
-    let engine = Device { backend: Cpu::new(), faults: Faults::default() };
+fn on_cpu(passed_over: Vec<PassedOver>, constraints: Constraints) -> Choice {
+    let segment_bytes = constraints.segment_bytes;
+    let engine = Device { backend: Cpu::new(), faults: Faults::default(), segment_bytes };
     Choice { passed_over, ..Choice::of("cpu", Ok(Box::new(engine))) }
 }
 
@@ -84,14 +97,14 @@ fn on_cpu(passed_over: Vec<PassedOver>) -> Choice {
 const NOT_BUILT: &str = "built without feature wgpu";
 
 #[cfg(not(feature = "wgpu"))]
-fn automatic() -> Choice {
-    let mut choice = on_cpu(vec![]);
+fn automatic(constraints: Constraints) -> Choice {
+    let mut choice = on_cpu(vec![], constraints);
     choice.warnings.push(format!("no adapter was looked for: {NOT_BUILT}"));
     choice
 }
 
 #[cfg(not(feature = "wgpu"))]
-fn on_wgpu(_adapter: Option<&str>) -> Choice {
+fn on_wgpu(_adapter: Option<&str>, _constraints: Constraints) -> Choice {
     Choice::absent("wgpu", "backend", "wgpu", NOT_BUILT.into())
 }
 
@@ -105,29 +118,29 @@ mod adapters {
     use moewe::host::{self, Adapter, Limits};
     use moewe::{Error, Result};
 
-    use super::{Choice, PassedOver, on_cpu};
+    use super::{Choice, Constraints, PassedOver, on_cpu};
     use crate::engine::{Device, Engine, Faults};
 
     /// The best hardware adapter that opens, else the CPU.
-    pub fn automatic() -> Choice {
+    pub fn automatic(constraints: Constraints) -> Choice {
         let wanted = |adapter: &Adapter| match adapter.software {
             true => Err("computes on the CPU; --backend wgpu would take it".into()),
             false => Ok(()),
         };
-        let Opened { chosen, passed_over, failure: _ } = first(&host::adapters(), &wanted);
+        let Opened { chosen, passed_over, failure: _ } = first(&host::adapters(), &wanted, constraints);
         match chosen {
             Some((adapter, engine)) => on(adapter, engine, passed_over),
-            None => on_cpu(passed_over),
+            None => on_cpu(passed_over, constraints),
         }
     }
 
     /// The best adapter that opens, among those that `--adapter` allows.
-    pub fn on_wgpu(part: Option<&str>) -> Choice {
+    pub fn on_wgpu(part: Option<&str>, constraints: Constraints) -> Choice {
         let wanted = |adapter: &Adapter| match part {
             Some(part) if !adapter.matches(part) => Err(format!("does not match --adapter {part}")),
             Some(_) | None => Ok(()),
         };
-        let Opened { chosen, passed_over, failure } = first(&host::adapters(), &wanted);
+        let Opened { chosen, passed_over, failure } = first(&host::adapters(), &wanted, constraints);
         if let Some((adapter, engine)) = chosen {
             return on(adapter, engine, passed_over);
         }
@@ -154,13 +167,17 @@ mod adapters {
         failure: Option<Error>,
     }
 
-    fn first(adapters: &[Adapter], wanted: &dyn Fn(&Adapter) -> Result<(), String>) -> Opened {
+    fn first(
+        adapters: &[Adapter],
+        wanted: &dyn Fn(&Adapter) -> Result<(), String>,
+        constraints: Constraints,
+    ) -> Opened {
         let mut opened = Opened { chosen: None, passed_over: vec![], failure: None };
         for adapter in adapters {
             let reason = match (&opened.chosen, wanted(adapter)) {
                 (_, Err(reason)) => reason,
                 (Some((better, _)), Ok(())) => format!("{better} comes first"),
-                (None, Ok(())) => match open(adapter) {
+                (None, Ok(())) => match open(adapter, constraints) {
                     Ok(engine) => {
                         opened.chosen = Some((adapter.name.clone(), engine));
                         continue;
@@ -178,11 +195,12 @@ mod adapters {
     }
 
     /// The device is our own, so its stray errors are ours to collect: wgpu's default is to panic.
-    fn open(adapter: &Adapter) -> Result<Box<dyn Engine>> {
-        let backend = host::open(adapter, Limits::Adapter)?;
+    fn open(adapter: &Adapter, constraints: Constraints) -> Result<Box<dyn Engine>> {
+        let Constraints { portable, segment_bytes } = constraints;
+        let backend = host::open(adapter, if portable { Limits::Default } else { Limits::Adapter })?;
         let faults = Faults::default();
         let sink = faults.clone();
         backend.device().on_uncaptured_error(Arc::new(move |error: moewe::wgpu::Error| sink.push(error.to_string())));
-        Ok(Box::new(Device { backend, faults }))
+        Ok(Box::new(Device { backend, faults, segment_bytes }))
     }
 }

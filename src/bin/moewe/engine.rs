@@ -82,11 +82,13 @@ pub struct Device<B> {
     pub backend: B,
     /// What its device reports outside of calls.
     pub faults: Faults,
+    /// Bound on one weight buffer.
+    pub segment_bytes: Option<u64>,
 }
 
 impl<B: Host + Clone> Engine for Device<B> {
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>> {
-        let options = Options { segment_bytes: None, decode_tokens: DECODE_TOKENS };
+        let options = Options { segment_bytes: self.segment_bytes, decode_tokens: DECODE_TOKENS };
         let backend = self.backend.clone();
         let plan = match work {
             Work::Layer(weights) => Plan::new(backend, spec, weights, max_tokens, &options)?,

@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::backends::BackendName;
+use crate::backends::{BackendName, Constraints};
 
 mod backends;
 mod case_file;
@@ -75,9 +75,21 @@ struct DeviceOptions {
     /// Part of the name or driver of the adapter to take, whatever the case. With auto it means wgpu.
     #[arg(long, value_name = "S")]
     adapter: Option<String>,
+    /// Ask the adapter for WebGPU's default limits and no features, as the least of devices has.
+    #[arg(long)]
+    portable: bool,
+    /// Cut weights into buffers of at most N bytes.
+    #[arg(long, value_name = "N")]
+    segment_bytes: Option<u64>,
     /// Exit with 1 if config.json has keys that nobody knows.
     #[arg(long)]
     strict: bool,
+}
+
+impl DeviceOptions {
+    fn constraints(&self) -> Constraints {
+        Constraints { portable: self.portable, segment_bytes: self.segment_bytes }
+    }
 }
 
 #[derive(Args)]

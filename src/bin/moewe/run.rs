@@ -18,7 +18,7 @@ use crate::{Exit, RunOptions};
 /// Runs one layer and prints what came of it.
 pub fn run(folder: Option<&Path>, options: &RunOptions) -> Exit {
     let Choice { backend, adapter, passed_over, warnings, engine } =
-        backends::choose(options.device.backend, options.device.adapter.as_deref());
+        backends::choose(options.device.backend, options.device.adapter.as_deref(), options.device.constraints());
     report::warn(&warnings);
     let checkpoint =
         folder.map_or_else(|| "built in (golden case deepseek_v3)".into(), |path| path.display().to_string());

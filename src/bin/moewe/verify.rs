@@ -34,7 +34,8 @@ struct Tally {
 
 /// Judges the cases of all paths.
 pub fn verify(options: &VerifyOptions) -> Exit {
-    let choice = backends::choose(options.device.backend, options.device.adapter.as_deref());
+    let choice =
+        backends::choose(options.device.backend, options.device.adapter.as_deref(), options.device.constraints());
     warn(&choice.warnings);
     let allowance = Allowance { factor: factor(choice.backend), atol: options.atol };
     let mut tally = Tally::default();

@@ -111,8 +111,8 @@ fn check<'a>(line: &'a Value, name: &str) -> &'a Value {
 
 /// The whole golden set on one backend.
 #[track_caller]
-fn golden_set(backend: &str) -> Vec<Value> {
-    let said = verify(&[&golden("")], backend, &["--json"]);
+fn golden_set(backend: &str, rest: &[&str]) -> Vec<Value> {
+    let said = verify(&[&golden("")], backend, &[&["--json"], rest].concat());
     let lines = said.lines();
     assert_eq!(said.code, 3, "{}", said.stderr);
     let manifest = manifest();
@@ -160,12 +160,12 @@ fn golden_set(backend: &str) -> Vec<Value> {
 
 #[test]
 fn the_golden_set_passes_on_the_reference() {
-    golden_set("reference");
+    golden_set("reference", &[]);
 }
 
 #[test]
 fn the_golden_set_passes_on_the_cpu_with_the_figures_as_they_are() {
-    let lines = golden_set("cpu");
+    let lines = golden_set("cpu", &[]);
     let manifest = manifest();
     let case = &manifest["cases"][0];
     let line = &lines[0];
@@ -183,11 +183,18 @@ fn the_golden_set_passes_on_the_cpu_with_the_figures_as_they_are() {
 #[cfg(feature = "wgpu")]
 #[test]
 fn the_golden_set_passes_on_wgpu_with_one_factor_of_at_most_8() {
-    let lines = golden_set("wgpu");
+    let lines = golden_set("wgpu", &[]);
     let atol = &manifest()["cases"][0]["atol"];
     let factor = check(&lines[0], "t64.output")["tolerance"].as_f64().unwrap() / atol.as_f64().unwrap();
     assert!((1.0..=8.0).contains(&factor), "{factor}");
     assert_eq!(check(&lines[0], "t64.topk_ids")["tolerance"], 0);
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn the_golden_set_passes_under_default_limits_and_in_segments_of_64_kib() {
+    golden_set("wgpu", &["--portable", "--segment-bytes", "65536"]);
+    golden_set("cpu", &["--segment-bytes", "65536"]);
 }
 
 #[cfg(not(feature = "wgpu"))]
