@@ -1,5 +1,7 @@
 //! A schedule made ready on a device. Names no kernel: it walks a [`Schedule`].
 //!
+//! The trait that backends implement stands here with its only user, hence the length.
+//!
 //! [`Plan`] owns kernels and packed weights; [`Plan::bind`] ties it to the caller's buffers and a
 //! [`Scratch`]; [`Bound::record`] writes copies and dispatches into the caller's encoder. It submits
 //! nothing, waits for nothing and allocates nothing.

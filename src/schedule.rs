@@ -1,5 +1,7 @@
 //! What runs, as plain data: `lower` turns a spec and a device's facts into a [`Schedule`].
 //!
+//! A long file: the data, what is refused and what makes the data change together.
+//!
 //! Pure: it alone picks kernels, variants and tiles, and it alone refuses. Printable with `{:#?}`.
 
 use crate::error::{Error, Result, Unsupported};

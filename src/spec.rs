@@ -4,6 +4,9 @@
 //! and every consumer destructures it with every field named, so a new field does not compile
 //! until each consumer says what it does with it.
 //!
+//! A long file on purpose: the whole vocabulary in one place, and beside it `validate`, so that a new field
+//! meets its rule where it is written.
+//!
 //! Notation of the docs: T tokens, E experts, k = `top_k`, H = `hidden_size`, I = `intermediate_size`,
 //! x one row of hidden states, l logits, s scores, w routing weights.
 

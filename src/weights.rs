@@ -1,4 +1,6 @@
 //! Borrowed weights of one layer, checked against its spec. Changes no value.
+//!
+//! Half of this file are the checks: every size that a later index relies on is proved here.
 
 use std::borrow::Cow;
 

@@ -361,7 +361,7 @@ impl<'a> Reader<'a> {
         Ok(tensor)
     }
 
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, reason = "they are the arguments of Matrix::view, with names for tensors")]
     fn matrix(
         &self,
         weight: &str,
