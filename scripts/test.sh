@@ -2,6 +2,7 @@
 # Everything that must hold before a change lands: format, lints, tests, documentation.
 # Needs a Rust toolchain and a GPU API; where there is no Vulkan driver on Debian or Ubuntu and this
 # runs as root, it installs Mesa's software driver. MOEWE_ADAPTER picks an adapter by a part of its name.
+# With arguments it only runs `cargo test` with them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,6 +46,11 @@ tests() {
     rm -f "$log"
     return "$status"
 }
+
+if [ $# -gt 0 ]; then
+    step tests cargo test --locked "$@"
+    exit
+fi
 
 command -v tint > /dev/null || echo 'NOT RUN: tint is not installed, so no kernel is checked by it'
 step cargo fmt --check
