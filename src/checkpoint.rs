@@ -352,7 +352,7 @@ fn map(path: &Path) -> Result<Bytes> {
     Ok(Bytes::Mapped(map_read_only(&file).map_err(failed)?))
 }
 
-#[allow(unsafe_code)]
+#[allow(unsafe_code, reason = "the one memory map; the proof stands inside")]
 fn map_read_only(file: &File) -> std::io::Result<Mmap> {
     // SAFETY: the map is private and read-only and lives as long as the slices taken from it. Nothing
     // here writes the file. If another process does, bytes may change (any bytes are legal values) or,
