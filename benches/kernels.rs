@@ -20,7 +20,7 @@ fn steps<B: Host + Clone>(criterion: &mut Criterion, backend: &B, device: &Devic
         let plan = Plan::new(backend.clone(), &layer.spec, &layer.weights(), tokens, &AUTO).unwrap();
         let session = Session::new(plan, &layer.spec).unwrap();
         let (hidden_states, _) = layer.inputs(tokens, 2);
-        let inputs = Inputs { hidden_states: &hidden_states, token_ids: None, logits: None };
+        let inputs = Inputs::of(&hidden_states);
         let got = session.run(&inputs).unwrap();
         let checked = roofline::check(&layer, &hidden_states, &got.output);
         device.report("small_fp8", &layer.spec, &got.topk_ids, tokens, checked);

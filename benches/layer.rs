@@ -50,7 +50,7 @@ impl<B: Host + Clone> Rotation<B> {
             let (hidden_states, _) = layer.inputs(tokens, 100 + seed);
             let x = backend.upload("x", &moewe::host::encode(spec.precision.input, &hidden_states)).unwrap();
             let y = backend.create_buffer("y", 4 * hidden_states.len() as u64, false).unwrap();
-            let io = Io { hidden_states: &x, token_ids: None, output: Some(&y), topk_ids: None, topk_weights: None };
+            let io = Io { output: Some(&y), ..Io::of(&x) };
             let bound = plan.bind(&io, &scratch).unwrap();
             let mut encoder = backend.encoder();
             bound.record(&mut encoder, &Tokens::Host(tokens)).unwrap();

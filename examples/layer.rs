@@ -42,13 +42,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let token_ids = backend.create_buffer("token_ids", 4 * max_tokens as u64, false)?;
     let output = backend.create_buffer("output", bytes, false)?;
     let hashed = plan.schedule().buffers.iter().any(|buffer| buffer.name == "token_ids");
-    let io = Io {
-        hidden_states: &hidden_states,
-        token_ids: hashed.then_some(&token_ids),
-        output: Some(&output),
-        topk_ids: None,
-        topk_weights: None,
-    };
+    let io = Io { token_ids: hashed.then_some(&token_ids), output: Some(&output), ..Io::of(&hidden_states) };
     let bound = plan.bind(&io, &scratch)?;
 
     // Each call: inputs, record, submit. moewe submits nothing and waits for nothing.
@@ -71,7 +65,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     // The reference judges.
     let ids = vec![0; tokens];
-    let inputs = Inputs { hidden_states: &x, token_ids: hashed.then_some(&ids), logits: None };
+    let inputs = Inputs { token_ids: hashed.then_some(&ids), ..Inputs::of(&x) };
     let want = reference::layer(spec, &weights, inputs)?.output;
     let worst = want.iter().zip(&y).map(|(want, got)| (want - got).abs()).fold(0f32, f32::max);
     println!("{} on {}: {tokens} tokens, largest error {worst:.1e}", resolved.family, adapter.get_info().name);

@@ -10,7 +10,7 @@ use crate::numerics;
 use crate::plan::{Backend, Bound, Io, Plan, Scratch, Tokens};
 use crate::reference::Inputs;
 use crate::schedule::Contents;
-use crate::spec::FloatType;
+use crate::spec::{FloatType, Router};
 
 /// A backend that can be driven to completion from here.
 pub trait Host: Backend {
@@ -91,6 +91,10 @@ pub struct Outcome {
     pub topk_ids: Vec<i32>,
     /// [T, k].
     pub topk_weights: Vec<f32>,
+    /// [T, n], the shares of joint normalisation, else empty.
+    pub shared_weights: Vec<f32>,
+    /// [T, S], the state of an MLP router for the next layer, else empty.
+    pub router_states: Vec<f32>,
     /// [T, H], widened; empty if only the routing was planned.
     pub output: Vec<f32>,
 }
@@ -99,11 +103,19 @@ pub struct Outcome {
 pub struct Session<B: Host> {
     bound: Bound<B>,
     scratch: Scratch<B>,
-    hidden_states: B::Buffer,
-    token_ids: Option<B::Buffer>,
-    output: Option<B::Buffer>,
+    callers: Callers<B>,
     plan: Plan<B>,
     shape: Shape,
+}
+
+/// The buffers that a caller gives.
+struct Callers<B: Host> {
+    hidden_states: B::Buffer,
+    token_ids: Option<B::Buffer>,
+    expert_hidden_states: Option<B::Buffer>,
+    logits: Option<B::Buffer>,
+    previous_router_states: Option<B::Buffer>,
+    output: Option<B::Buffer>,
 }
 
 /// Widths and types of a session's rows.
@@ -111,6 +123,9 @@ pub struct Session<B: Host> {
 struct Shape {
     hidden_size: usize,
     top_k: usize,
+    outputs: usize,
+    shares: usize,
+    state_size: usize,
     input: FloatType,
     output: FloatType,
 }
@@ -128,6 +143,12 @@ impl<B: Host> Session<B> {
         let shape = Shape {
             hidden_size: spec.hidden_size,
             top_k: spec.top_k,
+            outputs: spec.router_outputs(),
+            shares: spec.joint_shares(),
+            state_size: match spec.router {
+                Router::Mlp { state_size, rms_norm_eps: _, previous_state: _, format: _ } => state_size,
+                Router::Linear { input: _, format: _, bias: _, transform: _ } | Router::Given { transform: _ } => 0,
+            },
             input: spec.precision.input,
             output: spec.precision.output,
         };
@@ -144,22 +165,29 @@ impl<B: Host> Session<B> {
             let found = plan.schedule().buffers.iter().find(|buffer| buffer.contents == contents);
             found.map(|buffer| poisoned(&buffer.name, buffer.bytes)).transpose()
         };
-        let hidden_states = of(Contents::HiddenStates)?.ok_or_else(|| {
-            Error::invalid("schedule", "no hidden_states", "an input buffer", "this is a fault of lower")
-        })?;
-        let (token_ids, output) = (of(Contents::TokenIds)?, of(Contents::Output)?);
+        let callers = Callers {
+            hidden_states: of(Contents::HiddenStates)?.ok_or_else(|| {
+                Error::invalid("schedule", "no hidden_states", "an input buffer", "this is a fault of lower")
+            })?,
+            token_ids: of(Contents::TokenIds)?,
+            expert_hidden_states: of(Contents::ExpertHiddenStates)?,
+            logits: of(Contents::GivenLogits)?,
+            previous_router_states: of(Contents::PreviousRouterStates)?,
+            output: of(Contents::Output)?,
+        };
         let layout = plan.scratch_layout().buffers;
         let scratch = layout.into_iter().map(|(name, bytes)| Ok((name.clone(), poisoned(&name, bytes)?)));
         let scratch = Scratch::from_buffers(scratch.collect::<Result<_>>()?);
         let io = Io {
-            hidden_states: &hidden_states,
-            token_ids: token_ids.as_ref(),
-            output: output.as_ref(),
-            topk_ids: None,
-            topk_weights: None,
+            token_ids: callers.token_ids.as_ref(),
+            output: callers.output.as_ref(),
+            expert_hidden_states: callers.expert_hidden_states.as_ref(),
+            logits: callers.logits.as_ref(),
+            previous_router_states: callers.previous_router_states.as_ref(),
+            ..Io::of(&callers.hidden_states)
         };
         let bound = plan.bind(&io, &scratch)?;
-        Ok(Self { bound, scratch, hidden_states, token_ids, output, plan, shape })
+        Ok(Self { bound, scratch, callers, plan, shape })
     }
 
     /// The plan.
@@ -179,7 +207,7 @@ impl<B: Host> Session<B> {
 
     /// The output buffer.
     pub fn output(&self) -> Option<&B::Buffer> {
-        self.output.as_ref()
+        self.callers.output.as_ref()
     }
 
     /// Writes inputs; returns the number of tokens.
@@ -197,21 +225,24 @@ impl<B: Host> Session<B> {
                 "plan for more tokens",
             ));
         }
-        host.write(&self.hidden_states, 0, &encode(self.shape.input, inputs.hidden_states))?;
-        match (&self.token_ids, inputs.token_ids) {
-            (Some(buffer), Some(ids)) if ids.len() == tokens => host.write(buffer, 0, ids)?,
-            (Some(_), Some(ids)) => {
-                return Err(Error::invalid(
-                    "token_ids",
-                    ids.len(),
-                    format!("{tokens}, one a token"),
-                    "give the id of each token",
-                ));
-            }
-            (Some(_), None) => {
-                return Err(Error::invalid("token_ids", "none", "one a token", "hash routing needs the token ids"));
-            }
-            (None, _) => {}
+        let Callers { hidden_states, token_ids, expert_hidden_states, logits, previous_router_states, output: _ } =
+            &self.callers;
+        let Shape { hidden_size, top_k: _, outputs, shares: _, state_size, input, output: _ } = self.shape;
+        host.write(hidden_states, 0, &encode(input, inputs.hidden_states))?;
+        if let Some(buffer) = token_ids {
+            host.write(buffer, 0, rows("token_ids", inputs.token_ids, tokens)?)?;
+        }
+        if let Some(buffer) = expert_hidden_states {
+            let values = rows("expert_hidden_states", inputs.expert_hidden_states, tokens * hidden_size)?;
+            host.write(buffer, 0, &encode(input, values))?;
+        }
+        if let Some(buffer) = logits {
+            let values = rows("logits", inputs.logits, tokens * outputs)?;
+            host.write(buffer, 0, &encode(FloatType::F32, values))?;
+        }
+        if let Some(buffer) = previous_router_states {
+            let values = rows("router_states", inputs.router_states, tokens * state_size)?;
+            host.write(buffer, 0, &encode(FloatType::F32, values))?;
         }
         Ok(tokens)
     }
@@ -235,19 +266,20 @@ impl<B: Host> Session<B> {
     /// A failing device.
     pub fn outcome(&self, tokens: usize) -> Result<Outcome> {
         let host = self.plan.backend();
-        let slots = tokens * self.shape.top_k;
-        let words = |name: &str| match self.scratch.buffer(name) {
-            Some(buffer) => Ok(host.read(buffer)?.into_iter().take(slots).collect::<Vec<u32>>()),
+        let Shape { hidden_size, top_k, outputs: _, shares, state_size, input: _, output } = self.shape;
+        let words = |name: &str, width: usize| match self.scratch.buffer(name) {
+            Some(buffer) => Ok(host.read(buffer)?.into_iter().take(tokens * width).collect::<Vec<u32>>()),
             None => Ok::<_, Error>(vec![]),
         };
-        let output = match &self.output {
-            None => vec![],
-            Some(buffer) => decode(self.shape.output, &host.read(buffer)?, tokens * self.shape.hidden_size),
-        };
         Ok(Outcome {
-            topk_ids: bytemuck::cast_vec(words("topk_ids")?),
-            topk_weights: bytemuck::cast_vec(words("topk_weights")?),
-            output,
+            topk_ids: bytemuck::cast_vec(words("topk_ids", top_k)?),
+            topk_weights: bytemuck::cast_vec(words("topk_weights", top_k)?),
+            shared_weights: bytemuck::cast_vec(words("shared_weights", shares)?),
+            router_states: bytemuck::cast_vec(words("router_states", state_size)?),
+            output: match &self.callers.output {
+                None => vec![],
+                Some(buffer) => decode(output, &host.read(buffer)?, tokens * hidden_size),
+            },
         })
     }
 
@@ -274,6 +306,19 @@ impl<B: Host> Session<B> {
             times[times.len() / 2]
         };
         Ok(((0..steps).map(median).collect(), method))
+    }
+}
+
+/// The values that a layer wants, which must be there and as many as it wants.
+fn rows<'a, T>(field: &'static str, values: Option<&'a [T]>, count: usize) -> Result<&'a [T]> {
+    match values {
+        Some(values) if values.len() == count => Ok(values),
+        found => Err(Error::invalid(
+            field,
+            found.map_or("none".into(), |values| format!("{} values", values.len())),
+            format!("{count} values"),
+            "the layer reads them: give a row for each token",
+        )),
     }
 }
 

@@ -45,19 +45,13 @@
 //! let x: Vec<f32> = (0..tokens * spec.hidden_size).map(|at| (at as f32 * 0.37).sin()).collect();
 //! let hidden_states = CpuBuffer::from_words(x.iter().map(|value| value.to_bits()).collect());
 //! let output = backend.create_buffer("output", 4 * x.len() as u64, false)?;
-//! let io = Io {
-//!     hidden_states: &hidden_states,
-//!     token_ids: None,
-//!     output: Some(&output),
-//!     topk_ids: None,
-//!     topk_weights: None,
-//! };
+//! let io = Io { output: Some(&output), ..Io::of(&hidden_states) };
 //! let bound = plan.bind(&io, &scratch)?;
 //!
 //! // Each call. The CPU backend runs what it records.
 //! bound.record(&mut CpuEncoder, &Tokens::Host(tokens))?;
 //!
-//! let want = reference::layer(spec, &weights, Inputs { hidden_states: &x, token_ids: None, logits: None })?;
+//! let want = reference::layer(spec, &weights, Inputs::of(&x))?;
 //! for (got, want) in output.to_words().into_iter().map(f32::from_bits).zip(want.output) {
 //!     assert!((got - want).abs() < 1e-5);
 //! }

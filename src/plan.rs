@@ -11,10 +11,10 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::kernels::Operation;
 use crate::kernels::pack::GroupSource;
-use crate::schedule::{self, Contents, DeviceFacts, Options, Part, Schedule, Step};
+use crate::schedule::{self, Buffer, Contents, DeviceFacts, Options, Part, Schedule, Step, Table};
 use crate::spec::MoeSpec;
 use crate::support::Scope;
-use crate::weights::{MlpWeights, MoeWeights, RouterWeights};
+use crate::weights::{LatentNormWeights, Matrix, MlpWeights, MoeWeights, RouterWeights};
 
 /// A device API. Everything a backend must do; nothing here has a default.
 pub trait Backend: Sized {
@@ -111,6 +111,32 @@ pub struct Io<'a, B: Backend> {
     pub topk_ids: Option<&'a B::Buffer>,
     /// f32 [T, k] instead of the scratch's.
     pub topk_weights: Option<&'a B::Buffer>,
+    /// [T, H] of the spec's input type; required if the experts read another input, refused otherwise.
+    pub expert_hidden_states: Option<&'a B::Buffer>,
+    /// f32 [T, outputs]; required if the spec says that the logits are given, refused otherwise.
+    pub logits: Option<&'a B::Buffer>,
+    /// f32 [T, S], what the previous layer left in `router_states`; required if a state enters the
+    /// router, refused otherwise.
+    pub previous_router_states: Option<&'a B::Buffer>,
+    /// f32 [T, S] instead of the scratch's: the router's state for the next layer.
+    pub router_states: Option<&'a B::Buffer>,
+}
+
+impl<'a, B: Backend> Io<'a, B> {
+    /// Hidden states and nothing else.
+    pub fn of(hidden_states: &'a B::Buffer) -> Self {
+        Self {
+            hidden_states,
+            token_ids: None,
+            output: None,
+            topk_ids: None,
+            topk_weights: None,
+            expert_hidden_states: None,
+            logits: None,
+            previous_router_states: None,
+            router_states: None,
+        }
+    }
 }
 
 /// Names and sizes of the buffers between the steps.
@@ -253,6 +279,11 @@ impl<B: Backend> Plan<B> {
                 | Contents::Output
                 | Contents::TopkIds
                 | Contents::TopkWeights
+                | Contents::ExpertHiddenStates
+                | Contents::GivenLogits
+                | Contents::PreviousRouterStates
+                | Contents::RouterStates
+                | Contents::SharedWeights
                 | Contents::Scratch
                 | Contents::Params => None,
                 Contents::Segment { matrix, segment } => {
@@ -266,11 +297,7 @@ impl<B: Backend> Plan<B> {
                     Some(target)
                 }
                 Contents::Spans { matrix, segment } => filled(&schedule.matrices[matrix].span_table(segment))?,
-                Contents::ExpertSlots => filled(&(0..buffer.bytes as u32 / 4).collect::<Vec<_>>())?,
-                Contents::SelectionBias => {
-                    filled(bytemuck::cast_slice(router.selection_bias.as_deref().unwrap_or(&[])))?
-                }
-                Contents::Tid2eid => filled(bytemuck::cast_slice(router.tid2eid.as_deref().unwrap_or(&[])))?,
+                Contents::Table(which) => filled(&table(which, buffer, router, weights)?)?,
             });
         }
         let words: Vec<u32> = (0..=schedule.max_tokens as u32).collect();
@@ -310,7 +337,12 @@ impl<B: Backend> Plan<B> {
             let given = match buffer.contents {
                 Contents::HiddenStates => Some(io.hidden_states),
                 Contents::TokenIds => io.token_ids,
+                Contents::ExpertHiddenStates => io.expert_hidden_states,
+                Contents::GivenLogits => io.logits,
+                Contents::PreviousRouterStates => io.previous_router_states,
                 Contents::Output => io.output,
+                Contents::RouterStates => io.router_states.or_else(in_scratch),
+                Contents::SharedWeights => in_scratch(),
                 Contents::TopkIds => io.topk_ids.or_else(in_scratch),
                 Contents::TopkWeights => io.topk_weights.or_else(in_scratch),
                 Contents::Scratch => in_scratch(),
@@ -320,9 +352,7 @@ impl<B: Backend> Plan<B> {
                 }
                 Contents::Segment { matrix: _, segment: _ }
                 | Contents::Spans { matrix: _, segment: _ }
-                | Contents::ExpertSlots
-                | Contents::SelectionBias
-                | Contents::Tid2eid => owned.as_ref(),
+                | Contents::Table(_) => owned.as_ref(),
             };
             let given = given.ok_or_else(|| {
                 Error::invalid(name.to_string(), "no buffer", format!("one of {} bytes", buffer.bytes), "give it")
@@ -376,6 +406,10 @@ impl<B: Backend> Plan<B> {
         let wants = |contents| self.inner.schedule.buffers.iter().any(|buffer| buffer.contents == contents);
         for (name, given, contents) in [
             ("token_ids", io.token_ids.is_some(), Contents::TokenIds),
+            ("expert_hidden_states", io.expert_hidden_states.is_some(), Contents::ExpertHiddenStates),
+            ("logits", io.logits.is_some(), Contents::GivenLogits),
+            ("previous_router_states", io.previous_router_states.is_some(), Contents::PreviousRouterStates),
+            ("router_states", io.router_states.is_some(), Contents::RouterStates),
             ("output", io.output.is_some(), Contents::Output),
         ] {
             if given && !wants(contents) {
@@ -414,13 +448,52 @@ fn too_short(name: &str, found: u64, expected: u64) -> Error {
     )
 }
 
+/// The words of a table.
+fn table(
+    which: Table,
+    buffer: &Buffer,
+    router: &RouterWeights<'_>,
+    weights: Option<&MoeWeights<'_>>,
+) -> Result<Vec<u32>> {
+    let mlp = router.mlp.as_ref();
+    let norm = weights.and_then(|weights| weights.latent.as_ref()).map(|latent| &latent.norm);
+    let values: Option<&[f32]> = match which {
+        // The plan's own: slot e is expert e.
+        Table::ExpertSlots => return Ok((0..buffer.bytes as u32 / 4).collect()),
+        Table::Tid2eid => return Ok(router.tid2eid.iter().flatten().map(|&id| id as u32).collect()),
+        Table::SelectionBias => router.selection_bias.as_deref(),
+        Table::PerExpertScale => router.per_expert_scale.as_deref(),
+        Table::GlobalScale => router.global_scale.as_ref().map(std::slice::from_ref),
+        Table::RouterInputScale => router.input_scale.as_deref(),
+        Table::RouterStatesScale => mlp.and_then(|mlp| mlp.states_scale.as_deref()),
+        Table::RouterNorm => mlp.map(|mlp| mlp.norm.as_slice()),
+        Table::LatentPreNorm | Table::LatentPostNorm | Table::LatentReducedNorm => match (norm, which) {
+            (Some(LatentNormWeights::PreAndPost { pre, post: _ }), Table::LatentPreNorm) => Some(pre),
+            (Some(LatentNormWeights::PreAndPost { pre: _, post }), Table::LatentPostNorm) => Some(post),
+            (Some(LatentNormWeights::Reduced(weight)), Table::LatentReducedNorm) => Some(weight),
+            (_, _) => None,
+        },
+        Table::OutputBias => weights.and_then(|weights| weights.output_bias.as_deref()),
+        Table::OutputNorm => weights.and_then(|weights| weights.output_norm.as_deref()),
+    };
+    match values {
+        Some(values) if 4 * values.len() as u64 == buffer.bytes => Ok(bytemuck::cast_slice(values).to_vec()),
+        found => Err(Error::invalid(
+            buffer.name.clone(),
+            found.map_or("none".into(), |values| format!("{} values", values.len())),
+            format!("{} bytes", buffer.bytes),
+            "make weights and spec agree",
+        )),
+    }
+}
+
 /// Where the rows of a packed matrix come from.
 fn source<'a>(
-    name: &str,
+    name: &'static str,
     group: usize,
     router: &'a RouterWeights<'a>,
     weights: Option<&'a MoeWeights<'a>>,
-) -> Option<GroupSource<'a>> {
+) -> Result<GroupSource<'a>> {
     let gate_up = |mlp: &'a MlpWeights<'a>| GroupSource {
         matrices: mlp.gate.iter().chain([&mlp.up]).collect(),
         biases: mlp.gate_bias.iter().chain(&mlp.up_bias).map(Vec::as_slice).collect(),
@@ -429,17 +502,31 @@ fn source<'a>(
         matrices: vec![&mlp.down],
         biases: mlp.down_bias.iter().map(Vec::as_slice).collect(),
     };
-    match name {
-        "router" => Some(GroupSource {
-            matrices: router.weight.iter().collect(),
+    let biased = |matrix: &'a Matrix<'a>, bias: &'a [f32]| GroupSource { matrices: vec![matrix], biases: vec![bias] };
+    let plain = |matrix: &'a Matrix<'a>| GroupSource { matrices: vec![matrix], biases: vec![] };
+    let mlp = router.mlp.as_ref();
+    let latent = weights.and_then(|weights| weights.latent.as_ref());
+    let found = match name {
+        "router_gemm" => router.weight.as_ref().map(|weight| GroupSource {
+            matrices: vec![weight],
             biases: router.bias.iter().map(Vec::as_slice).collect(),
         }),
-        "experts.gate_up" => weights?.experts.get(group).map(gate_up),
-        "experts.down" => weights?.experts.get(group).map(down),
-        "shared.gate_up" => weights?.shared.as_ref().map(gate_up),
-        "shared.down" => weights?.shared.as_ref().map(down),
+        "router.down" => mlp.map(|mlp| biased(&mlp.down, &mlp.down_bias)),
+        "router.fc1" => mlp.map(|mlp| biased(&mlp.fc1, &mlp.fc1_bias)),
+        "router.fc2" => mlp.map(|mlp| biased(&mlp.fc2, &mlp.fc2_bias)),
+        "router.out" => mlp.map(|mlp| plain(&mlp.out)),
+        "experts.gate_up" => weights.and_then(|weights| weights.experts.get(group)).map(gate_up),
+        "experts.down" => weights.and_then(|weights| weights.experts.get(group)).map(down),
+        "shared.gate_up" => weights.and_then(|weights| weights.shared.get(group)).map(gate_up),
+        "shared.down" => weights.and_then(|weights| weights.shared.get(group)).map(down),
+        "shared.gate" => weights.and_then(|weights| weights.shared_gate.as_ref()).map(plain),
+        "latent.down" => latent.map(|latent| plain(&latent.down)),
+        "latent.up" => latent.map(|latent| plain(&latent.up)),
         _ => None,
-    }
+    };
+    found.ok_or_else(|| {
+        Error::invalid(name, format!("no weights for group {group}"), "some", "make weights and spec agree")
+    })
 }
 
 /// A plan with its buffers.

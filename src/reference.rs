@@ -7,11 +7,12 @@
 use crate::error::{Error, Result};
 use crate::numerics;
 use crate::spec::{
-    ChosenScore, ExpertMlp, GroupScore, Groups, LogitTransform, MoeSpec, NanPolicy, Router, Routing, RoutingMethod,
-    Score, SelectionKey, SharedCombination, SharedExperts, SharedGate, WeightPosition,
+    ActivationRounding, ChosenScore, CombineOrder, CombineRounding, ExpertInput, ExpertMlp, GroupScore, Groups, Latent,
+    LatentNorm, LogitTransform, MoeSpec, NanPolicy, OutputNorm, Rounding, Router, RouterInput, Routing, RoutingMethod,
+    Score, SelectionKey, SharedCombination, SharedExperts, SharedGate, WeightPosition, ZeroExpertKind, ZeroExperts,
 };
 use crate::support::{self, Scope};
-use crate::weights::{Matrix, MlpWeights, MoeWeights, RouterWeights};
+use crate::weights::{LatentNormWeights, Matrix, MlpWeights, MoeWeights, RouterMlpWeights, RouterWeights};
 
 /// What enters a layer, widened to f32.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +23,17 @@ pub struct Inputs<'a> {
     pub token_ids: Option<&'a [u32]>,
     /// [T, outputs], if the caller gives the logits.
     pub logits: Option<&'a [f32]>,
+    /// [T, H], if the experts read another input than the router.
+    pub expert_hidden_states: Option<&'a [f32]>,
+    /// [T, S], the previous layer's [`Routed::router_states`], if a state enters the router.
+    pub router_states: Option<&'a [f32]>,
+}
+
+impl<'a> Inputs<'a> {
+    /// What most layers read: hidden states and nothing else.
+    pub fn of(hidden_states: &'a [f32]) -> Self {
+        Self { hidden_states, token_ids: None, logits: None, expert_hidden_states: None, router_states: None }
+    }
 }
 
 /// What the router decides.
@@ -33,6 +45,10 @@ pub struct Routed {
     pub topk_ids: Vec<i32>,
     /// [T, k].
     pub topk_weights: Vec<f32>,
+    /// [T, n], the shares of joint normalisation, else empty.
+    pub shared_weights: Vec<f32>,
+    /// [T, S], the state of a [`Router::Mlp`] for the next layer, else empty.
+    pub router_states: Vec<f32>,
 }
 
 /// What leaves a layer.
@@ -54,27 +70,27 @@ pub fn route(spec: &MoeSpec, router: &RouterWeights<'_>, inputs: Inputs<'_>) -> 
     support::landed("reference", spec, Scope::Routing)?;
     router.check(spec)?;
     let tokens = token_count(spec, inputs.hidden_states)?;
-    let outputs = spec.router_outputs();
     let mut routed = Routed {
-        logits: Vec::with_capacity(tokens * outputs),
+        logits: Vec::with_capacity(tokens * spec.router_outputs()),
         topk_ids: Vec::with_capacity(tokens * spec.top_k),
         topk_weights: Vec::with_capacity(tokens * spec.top_k),
+        shared_weights: vec![],
+        router_states: vec![],
     };
     for token in 0..tokens {
         let x = &inputs.hidden_states[token * spec.hidden_size..][..spec.hidden_size];
-        let logits = logits(spec, router, inputs.logits, token, x)?;
+        let logits = logits(spec, router, &inputs, token, x, &mut routed.router_states)?;
         let token_id = match inputs.token_ids {
             None => None,
             Some(ids) => Some(*ids.get(token).ok_or_else(|| {
                 Error::invalid("token_ids", ids.len(), format!("{tokens}, one a token"), "give the id of each token")
             })?),
         };
-        let choice = choose(spec, router, &logits, token_id)?;
+        let Choice { ids, weights, shares } = choose(spec, router, &logits, token_id)?;
         routed.logits.extend_from_slice(&logits);
-        for (id, weight) in choice {
-            routed.topk_ids.push(id as i32);
-            routed.topk_weights.push(weight);
-        }
+        routed.topk_ids.extend(ids.iter().map(|&id| id as i32));
+        routed.topk_weights.extend(weights);
+        routed.shared_weights.extend(shares);
     }
     Ok(routed)
 }
@@ -84,49 +100,199 @@ pub fn route(spec: &MoeSpec, router: &RouterWeights<'_>, inputs: Inputs<'_>) -> 
 /// # Errors
 /// As [`route`].
 pub fn layer(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: Inputs<'_>) -> Result<Layer> {
+    let routed = route(spec, &weights.router, inputs)?;
+    let output = experts(spec, weights, inputs, &routed)?;
+    Ok(Layer { routed, output })
+}
+
+/// Computes everything behind ids and weights, which may be the caller's: ids of selectable outputs, or
+/// -1 for no contribution; any other makes the token's row NaN.
+///
+/// # Errors
+/// As [`route`], and ids or weights that are not [T, k].
+pub fn experts(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: Inputs<'_>, routed: &Routed) -> Result<Vec<f32>> {
     spec.validate()?;
     support::landed("reference", spec, Scope::Layer)?;
     weights.check(spec)?;
-    let routed = route(spec, &weights.router, inputs)?;
-    let hidden_size = spec.hidden_size;
-    let rho = spec.routing.routed_scaling_factor;
-    let output_scale = if spec.routing.apply_routed_scale_to_output { f64::from(rho) } else { 1.0 };
-    let mut output = Vec::with_capacity(inputs.hidden_states.len());
-    for (token, x) in inputs.hidden_states.chunks_exact(hidden_size).enumerate() {
-        let mut sum = vec![0f64; hidden_size];
-        for slot in token * spec.top_k..(token + 1) * spec.top_k {
-            let weight = routed.topk_weights[slot];
-            let expert = &weights.experts[routed.topk_ids[slot] as usize];
-            let position = spec.routing.weight_position;
-            let row = mlp(&spec.experts, expert, x, weight, position);
-            let on_output = match position {
-                WeightPosition::Output => f64::from(weight),
-                WeightPosition::Input | WeightPosition::BeforeDown => 1.0,
-            };
-            for (sum, value) in sum.iter_mut().zip(row) {
-                *sum += on_output * f64::from(value);
+    let tokens = token_count(spec, inputs.hidden_states)?;
+    let Routed { logits: _, topk_ids, topk_weights, shared_weights, router_states: _ } = routed;
+    let shares = spec.joint_shares();
+    for (field, found, width) in [
+        ("topk_ids", topk_ids.len(), spec.top_k),
+        ("topk_weights", topk_weights.len(), spec.top_k),
+        ("shared_weights", shared_weights.len(), shares),
+    ] {
+        if found != tokens * width {
+            let expected = format!("{tokens} rows of {width}");
+            return Err(Error::invalid(field, format!("{found} values"), expected, "give one row a token"));
+        }
+    }
+    let read = match (spec.expert_input, inputs.expert_hidden_states) {
+        (ExpertInput::Hidden, _) => inputs.hidden_states,
+        (ExpertInput::Separate, Some(rows)) if rows.len() == inputs.hidden_states.len() => rows,
+        (ExpertInput::Separate, found) => {
+            return Err(Error::invalid(
+                "expert_hidden_states",
+                found.map_or("none".into(), |rows| format!("{} values", rows.len())),
+                format!("{} values", inputs.hidden_states.len()),
+                "give the rows that the experts read",
+            ));
+        }
+    };
+    let mut output = Vec::with_capacity(read.len());
+    for (token, x) in read.chunks_exact(spec.hidden_size).enumerate() {
+        let slots = token * spec.top_k..(token + 1) * spec.top_k;
+        let chosen: Vec<(i32, f32)> = slots.map(|slot| (topk_ids[slot], topk_weights[slot])).collect();
+        let shares = &shared_weights[token * shares..(token + 1) * shares];
+        let mut row = token_output(spec, weights, x, chosen, shares);
+        if let (Some(OutputNorm { eps }), Some(weight)) = (spec.output_norm, &weights.output_norm) {
+            let sum: Vec<f32> = row.iter().map(|&value| value as f32).collect();
+            row = multiply(&rms_norm(&sum, eps), weight).into_iter().map(f64::from).collect();
+        }
+        output.extend(row.iter().map(|&value| numerics::round_to(spec.precision.output, value as f32)));
+    }
+    Ok(output)
+}
+
+/// One token's row before the norm on it and the rounding to the output type.
+fn token_output(
+    spec: &MoeSpec,
+    weights: &MoeWeights<'_>,
+    x: &[f32],
+    mut chosen: Vec<(i32, f32)>,
+    shares: &[f32],
+) -> Vec<f64> {
+    let precision = &spec.precision;
+    // Products and partial sums are f64, or of type T at every step.
+    let step = |value: f64| match precision.combine {
+        CombineRounding::F32 | CombineRounding::WeightedRows => value,
+        CombineRounding::EveryStep => f64::from(numerics::round_to(precision.model, value as f32)),
+    };
+    let weighted = |weight: f32, value: f32| match precision.combine {
+        CombineRounding::F32 => f64::from(weight) * f64::from(value),
+        CombineRounding::WeightedRows => f64::from(numerics::round_to(precision.model, weight * value)),
+        CombineRounding::EveryStep => {
+            f64::from(numerics::round_to(precision.model, weight * numerics::round_to(precision.model, value)))
+        }
+    };
+    match precision.combine_order {
+        CombineOrder::Slot => {}
+        CombineOrder::Expert => chosen.sort_by_key(|(id, _)| *id),
+    }
+    let entering = match (&spec.latent, &weights.latent) {
+        (Some(Latent { size: _, format: _, norm }), Some(latent)) => {
+            let z = project(&latent.down, x);
+            match (norm, &latent.norm) {
+                (LatentNorm::PreAndPost { pre_eps, post_eps: _ }, LatentNormWeights::PreAndPost { pre, post: _ }) => {
+                    multiply(&rms_norm(&z, *pre_eps), pre)
+                }
+                (
+                    LatentNorm::None
+                    | LatentNorm::Reduced { eps: _ }
+                    | LatentNorm::PreAndPost { pre_eps: _, post_eps: _ },
+                    _,
+                ) => z,
             }
         }
-        for sum in &mut sum {
-            *sum *= output_scale;
+        (Some(_) | None, _) => x.to_vec(),
+    };
+    let mut sum = vec![0f64; entering.len()];
+    for (id, weight) in chosen {
+        let Ok(id) = usize::try_from(id) else {
+            if id != -1 {
+                sum.fill(f64::NAN);
+            }
+            continue;
+        };
+        if id >= spec.selectable() {
+            sum.fill(f64::NAN);
+            continue;
         }
-        if let (Some(SharedExperts { mlp: shape, gate, combination }), Some(shared)) = (&spec.shared, &weights.shared) {
+        let (row, on_output) = match (weights.experts.get(id), spec.routing.zero_experts) {
+            (Some(expert), _) => {
+                let row = mlp(spec, &spec.experts, expert, &entering, weight, spec.routing.weight_position);
+                let row = match (&spec.latent, weights.latent.as_ref().map(|latent| &latent.norm)) {
+                    (
+                        Some(Latent { size: _, format: _, norm: LatentNorm::PreAndPost { pre_eps: _, post_eps } }),
+                        Some(LatentNormWeights::PreAndPost { pre: _, post }),
+                    ) => rms_norm(&multiply(&row, post), *post_eps),
+                    (Some(_) | None, _) => row,
+                };
+                let on_output = match spec.routing.weight_position {
+                    WeightPosition::Output => weight,
+                    WeightPosition::Input | WeightPosition::BeforeDown => 1.0,
+                };
+                (row, on_output)
+            }
+            (None, Some(ZeroExperts { count: _, kind: ZeroExpertKind::Identity })) => (entering.clone(), weight),
+            (None, Some(ZeroExperts { count: _, kind: ZeroExpertKind::Skip }) | None) => continue,
+        };
+        for (sum, value) in sum.iter_mut().zip(row) {
+            *sum = step(*sum + weighted(on_output, value));
+        }
+    }
+    if spec.routing.apply_routed_scale_to_output {
+        for sum in &mut sum {
+            *sum = step(*sum * f64::from(spec.routing.routed_scaling_factor));
+        }
+    }
+    if let (Some(Latent { size: _, format: _, norm }), Some(latent)) = (&spec.latent, &weights.latent) {
+        let reduced: Vec<f32> = sum.iter().map(|&value| value as f32).collect();
+        let reduced = match (norm, &latent.norm) {
+            (LatentNorm::Reduced { eps }, LatentNormWeights::Reduced(weight)) => {
+                multiply(&rms_norm(&reduced, *eps), weight)
+            }
+            (
+                LatentNorm::None | LatentNorm::Reduced { eps: _ } | LatentNorm::PreAndPost { pre_eps: _, post_eps: _ },
+                _,
+            ) => reduced,
+        };
+        sum = project(&latent.up, &reduced).into_iter().map(f64::from).collect();
+    }
+    for (sum, bias) in sum.iter_mut().zip(weights.output_bias.iter().flatten()) {
+        *sum = step(*sum + f64::from(*bias));
+    }
+    if let Some(SharedExperts { mlp: shape, gate, combination }) = &spec.shared {
+        for (index, shared) in weights.shared.iter().enumerate() {
             let factor = match (gate, &weights.shared_gate) {
-                (SharedGate::Sigmoid { format: _ }, Some(row)) => f64::from(numerics::sigmoid(dot(row, 0, x))),
+                (SharedGate::Sigmoid { format: _ }, Some(row)) => numerics::sigmoid(dot(row, 0, x)),
+                (SharedGate::Joint, _) => shares[index],
                 (SharedGate::Sigmoid { format: _ }, None) | (SharedGate::None, _) => 1.0,
             };
-            let row = mlp(shape, shared, x, 1.0, WeightPosition::Output);
-            let average = match combination {
-                SharedCombination::Sum => 1.0,
-                SharedCombination::Average => 0.5,
-            };
+            let factor = step(f64::from(factor)) as f32;
+            let row = mlp(spec, shape, shared, x, 1.0, WeightPosition::Output);
             for (sum, value) in sum.iter_mut().zip(row) {
-                *sum = average * (*sum + factor * f64::from(value));
+                // What the roundings of a weighted row are to the routed experts, they are not to this one,
+                // unless every step is rounded.
+                let term = step(f64::from(factor) * step(f64::from(value)));
+                *sum = step(*sum + term);
             }
         }
-        output.extend(sum.iter().map(|&sum| numerics::round_to(spec.precision.output, sum as f32)));
+        let average = match combination {
+            SharedCombination::Sum => 1.0,
+            SharedCombination::Average => 0.5,
+        };
+        for sum in &mut sum {
+            *sum = step(*sum * average);
+        }
     }
-    Ok(Layer { routed, output })
+    sum
+}
+
+/// `x / sqrt(mean x^2 + eps)`.
+fn rms_norm(x: &[f32], eps: f32) -> Vec<f32> {
+    let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / x.len() as f64;
+    let factor = 1.0 / (mean + f64::from(eps)).sqrt();
+    x.iter().map(|&x| (f64::from(x) * factor) as f32).collect()
+}
+
+fn multiply(x: &[f32], weight: &[f32]) -> Vec<f32> {
+    x.iter().zip(weight).map(|(x, weight)| x * weight).collect()
+}
+
+/// `W x`.
+fn project(matrix: &Matrix<'_>, x: &[f32]) -> Vec<f32> {
+    (0..matrix.shape()[0]).map(|row| dot(matrix, row, x)).collect()
 }
 
 fn token_count(spec: &MoeSpec, hidden_states: &[f32]) -> Result<usize> {
@@ -145,45 +311,79 @@ fn dot(matrix: &Matrix<'_>, row: usize, x: &[f32]) -> f32 {
     x.iter().enumerate().map(|(col, &x)| f64::from(matrix.get(row, col)) * f64::from(x)).sum::<f64>() as f32
 }
 
+/// The logits of one token, rounded and transformed; a router with state appends it to `states`.
 fn logits(
     spec: &MoeSpec,
     router: &RouterWeights<'_>,
-    given: Option<&[f32]>,
+    inputs: &Inputs<'_>,
     token: usize,
     x: &[f32],
+    states: &mut Vec<f32>,
 ) -> Result<Vec<f32>> {
     let outputs = spec.router_outputs();
-    let (raw, transform): (Vec<f32>, _) = match (&spec.router, &router.weight) {
-        (Router::Linear { input: _, format: _, bias: _, transform }, Some(weight)) => {
+    let none = LogitTransform::None;
+    let lacks = |what: &'static str| Error::invalid("router", what, "the weights of its spec", "give them");
+    let (raw, transform): (Vec<f32>, _) = match &spec.router {
+        Router::Linear { input, format: _, bias: _, transform } => {
+            let weight = router.weight.as_ref().ok_or_else(|| lacks("no matrix"))?;
+            let x = match (input, &router.input_scale) {
+                (RouterInput::RmsNormScaled { eps }, Some(scale)) => {
+                    let root = 1.0 / (spec.hidden_size as f32).sqrt();
+                    multiply(&rms_norm(x, *eps), scale).iter().map(|x| x * root).collect()
+                }
+                (RouterInput::RmsNormScaled { eps: _ }, None) => return Err(lacks("no scale")),
+                (RouterInput::Hidden, _) => x.to_vec(),
+            };
             let bias = |output| router.bias.as_ref().map_or(0.0, |bias| bias[output]);
-            ((0..outputs).map(|output| dot(weight, output, x) + bias(output)).collect(), *transform)
+            ((0..outputs).map(|output| dot(weight, output, &x) + bias(output)).collect(), *transform)
         }
-        (Router::Given { transform }, _) => {
-            let row = given.and_then(|logits| logits.get(token * outputs..(token + 1) * outputs));
+        Router::Mlp { state_size, rms_norm_eps, previous_state, format: _ } => {
+            let RouterMlpWeights { down, down_bias, states_scale, norm, fc1, fc1_bias, fc2, fc2_bias, out } =
+                router.mlp.as_ref().ok_or_else(|| lacks("no MLP"))?;
+            let add = |x: &[f32], y: &[f32]| -> Vec<f32> { x.iter().zip(y).map(|(x, y)| x + y).collect() };
+            let mut state = add(&project(down, x), down_bias);
+            if *previous_state {
+                let previous =
+                    inputs.router_states.and_then(|all| all.get(token * state_size..(token + 1) * state_size));
+                let previous = previous.ok_or_else(|| {
+                    Error::invalid("router_states", "too few", "[tokens, state_size]", "give the previous layer's")
+                })?;
+                state =
+                    add(&state, &multiply(previous, states_scale.as_ref().ok_or_else(|| lacks("no states_scale"))?));
+            }
+            states.extend_from_slice(&state);
+            let gelu = |x: Vec<f32>| -> Vec<f32> { x.into_iter().map(numerics::gelu_erf).collect() };
+            let z = multiply(&rms_norm(&state, *rms_norm_eps), norm);
+            let z = gelu(add(&project(fc1, &z), fc1_bias));
+            let z = gelu(add(&project(fc2, &z), fc2_bias));
+            (project(out, &z), none)
+        }
+        Router::Given { transform } => {
+            let row = inputs.logits.and_then(|logits| logits.get(token * outputs..(token + 1) * outputs));
             let row = row.ok_or_else(|| {
                 Error::invalid("logits", "too few", "[tokens, outputs]", "give the logits of each token")
             })?;
             (row.to_vec(), *transform)
         }
-        (Router::Linear { input: _, format: _, bias: _, transform: _ }, None)
-        | (Router::Mlp { state_size: _, rms_norm_eps: _ }, _) => {
-            return Err(refuse("router", &spec.router, "the reference has no such router"));
-        }
     };
-    Ok(match transform {
-        LogitTransform::None => raw,
-        LogitTransform::SoftCap { cap } => raw.iter().map(|l| cap * (l / cap).tanh()).collect(),
-        LogitTransform::Multiply { factor } => raw.iter().map(|l| l * factor).collect(),
-    })
+    let rounded = spec.precision.rounded(spec.precision.router_gemm);
+    let transformed = |l: f32| match transform {
+        LogitTransform::None => l,
+        LogitTransform::SoftCap { cap } => cap * (l / cap).tanh(),
+        LogitTransform::Multiply { factor } => l * factor,
+    };
+    Ok(raw.into_iter().map(|l| transformed(numerics::round_to(rounded, l))).collect())
 }
 
-/// Ids and weights of one token, in descending order of the key.
-fn choose(
-    spec: &MoeSpec,
-    router: &RouterWeights<'_>,
-    logits: &[f32],
-    token_id: Option<u32>,
-) -> Result<Vec<(usize, f32)>> {
+/// What one token is routed to.
+struct Choice {
+    /// In descending order of the key.
+    ids: Vec<usize>,
+    weights: Vec<f32>,
+    shares: Vec<f32>,
+}
+
+fn choose(spec: &MoeSpec, router: &RouterWeights<'_>, logits: &[f32], token_id: Option<u32>) -> Result<Choice> {
     let Routing {
         method,
         renormalize,
@@ -191,19 +391,22 @@ fn choose(
         apply_routed_scale_to_output,
         per_expert_scale: _,
         weight_position: _,
-        zero_experts: _,
+        zero_experts,
         nan_policy,
     } = &spec.routing;
     let not_finite = match nan_policy {
         NanPolicy::Zero => 0.0,
         NanPolicy::Propagate => f32::NAN,
     };
+    let selectable = spec.selectable();
+    let bias = |e: usize| router.selection_bias.as_ref().map_or(0.0, |bias| bias[e]);
+    let everyone = vec![true; selectable];
+    let mut shares = vec![];
     let (ids, mut weights): (Vec<usize>, Vec<f32>) = match method {
         RoutingMethod::TopK { score, key, groups } => {
             let scores = scores(*score, logits);
-            let bias = |e: usize| router.selection_bias.as_ref().map_or(0.0, |bias| bias[e]);
             // `None` sorts below every number: a score that is not finite is chosen last.
-            let keys: Vec<Option<f32>> = (0..logits.len())
+            let keys: Vec<Option<f32>> = (0..selectable)
                 .map(|e| {
                     let value = match key {
                         SelectionKey::Score => scores[e],
@@ -214,7 +417,7 @@ fn choose(
                 })
                 .collect();
             let allowed = match groups {
-                None => vec![true; logits.len()],
+                None => everyone,
                 Some(groups) => allowed_by_group(*groups, &scores, &keys),
             };
             let ids = largest(&keys, &allowed, spec.top_k);
@@ -228,7 +431,7 @@ fn choose(
                 ChosenScore::Sigmoid => !l.is_nan(),
             };
             let keys: Vec<Option<f32>> = logits.iter().map(|&l| legal(l).then_some(l)).collect();
-            let ids = largest(&keys, &vec![true; logits.len()], spec.top_k);
+            let ids = largest(&keys, &everyone, spec.top_k);
             let chosen: Vec<Option<f32>> = ids.iter().map(|&e| keys[e]).collect();
             let max = chosen.iter().flatten().fold(f32::MIN, |max, &l| if l > max { l } else { max });
             let sum: f64 = chosen.iter().flatten().map(|&l| f64::from((l - max).exp())).sum();
@@ -260,9 +463,54 @@ fn choose(
             let weights = ids.iter().map(|&e| if scores[e].is_finite() { scores[e] } else { not_finite }).collect();
             (ids, weights)
         }
-        RoutingMethod::JointNorm { num_shared: _, global_scale: _ }
-        | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => {
-            return Err(refuse("routing.method", method, "the reference has no such method"));
+        RoutingMethod::JointNorm { num_shared: _, global_scale: _ } => {
+            let keys: Vec<Option<f32>> = (0..selectable)
+                .map(|e| Some(numerics::sigmoid(logits[e]) + bias(e)).filter(|_| !logits[e].is_nan()))
+                .collect();
+            let ids = largest(&keys, &everyone, spec.top_k);
+            // log sigmoid of the chosen, then of the shared; a NaN takes no part.
+            let logs: Vec<Option<f32>> = ids
+                .iter()
+                .copied()
+                .chain(selectable..logits.len())
+                .map(|e| Some(numerics::log_sigmoid(logits[e])).filter(|log| !log.is_nan()))
+                .collect();
+            let max = logs.iter().flatten().fold(f32::MIN, |max, &log| if log > max { log } else { max });
+            let sum: f64 = logs.iter().flatten().map(|&log| f64::from((log - max).exp())).sum();
+            let spoiled = *nan_policy == NanPolicy::Propagate && logs.contains(&None);
+            let global_scale = router.global_scale.unwrap_or(1.0);
+            let mut weights: Vec<f32> = logs
+                .iter()
+                .map(|log| match log {
+                    _ if spoiled => f32::NAN,
+                    None => 0.0,
+                    // Only -inf: no weight at all.
+                    Some(_) if sum == 0.0 => 0.0,
+                    Some(log) => (log - max).exp() / sum as f32 * global_scale,
+                })
+                .collect();
+            shares = weights.split_off(ids.len()).iter().map(|share| share * routed_scaling_factor).collect();
+            (ids, weights)
+        }
+        RoutingMethod::Sparsemixer { router_jitter_noise } => {
+            let legal = |l: f32| !l.is_nan() && l < f32::INFINITY;
+            let keys: Vec<Option<f32>> = logits.iter().map(|&l| legal(l).then_some(l)).collect();
+            let ids = largest(&keys, &everyone, spec.top_k);
+            let weights = ids.iter().enumerate().map(|(pass, &chosen)| {
+                let Some(max) = keys[chosen] else { return not_finite };
+                let near = |l: f32| {
+                    let width = if l.abs() > max { l.abs() } else { max };
+                    // NaN (0 / 0, -inf - -inf) is no distance.
+                    let far = (max - l) / width > 2.0 * router_jitter_noise;
+                    !far && l > f32::NEG_INFINITY
+                };
+                let others = (0..selectable).filter(|e| !ids[..pass].contains(e)).filter_map(|e| keys[e]);
+                let sum: f64 = others.filter(|l| near(*l)).map(|l| f64::from((l - max).exp())).sum();
+                // Only -inf is left: no weight at all.
+                if sum == 0.0 { 0.0 } else { (1.0 / sum) as f32 }
+            });
+            let weights = weights.collect();
+            (ids, weights)
         }
     };
     if let Some(rule) = renormalize {
@@ -279,12 +527,25 @@ fn choose(
             };
         }
     }
-    if !apply_routed_scale_to_output {
-        for weight in &mut weights {
+    let rounded = spec.precision.rounded(spec.precision.routing_weights);
+    for (id, weight) in ids.iter().zip(&mut weights) {
+        // A zero expert has no scale of its own.
+        if let Some(scale) = router.per_expert_scale.as_ref().and_then(|scale| scale.get(*id)) {
+            *weight *= scale;
+        }
+        if !apply_routed_scale_to_output {
             *weight *= routed_scaling_factor;
         }
+        match zero_experts {
+            Some(ZeroExperts { count: _, kind: ZeroExpertKind::Skip }) if *id >= spec.num_experts => *weight = 0.0,
+            Some(ZeroExperts { count: _, kind: ZeroExpertKind::Skip | ZeroExpertKind::Identity }) | None => {}
+        }
+        *weight = numerics::round_to(rounded, *weight);
     }
-    Ok(ids.into_iter().zip(weights).collect())
+    for share in &mut shares {
+        *share = numerics::round_to(rounded, *share);
+    }
+    Ok(Choice { ids, weights, shares })
 }
 
 fn scores(score: Score, logits: &[f32]) -> Vec<f32> {
@@ -332,28 +593,43 @@ fn allowed_by_group(groups: Groups, scores: &[f32], keys: &[Option<f32>]) -> Vec
 }
 
 /// One expert on one row, unweighted except where the weight acts inside.
-fn mlp(shape: &ExpertMlp, weights: &MlpWeights<'_>, x: &[f32], weight: f32, position: WeightPosition) -> Vec<f32> {
+fn mlp(
+    spec: &MoeSpec,
+    shape: &ExpertMlp,
+    weights: &MlpWeights<'_>,
+    x: &[f32],
+    weight: f32,
+    position: WeightPosition,
+) -> Vec<f32> {
+    let precision = &spec.precision;
+    let rounded = |rounding: Rounding, value: f32| numerics::round_to(precision.rounded(rounding), value);
     let (on_input, before_down) = match position {
-        WeightPosition::Output => (1.0, 1.0),
-        WeightPosition::Input => (weight, 1.0),
-        WeightPosition::BeforeDown => (1.0, weight),
+        WeightPosition::Output => (None, None),
+        WeightPosition::Input => (Some(weight), None),
+        WeightPosition::BeforeDown => (None, Some(weight)),
     };
     let MlpWeights { gate, up, down, gate_bias, up_bias, down_bias } = weights;
     let bias = |bias: &Option<Vec<f32>>, row: usize| bias.as_ref().map_or(0.0, |bias| bias[row]);
-    let x: Vec<f32> = x.iter().map(|x| x * on_input).collect();
+    let x: Vec<f32> = match on_input {
+        None => x.to_vec(),
+        Some(weight) => x.iter().map(|x| rounded(precision.weighted_input, x * weight)).collect(),
+    };
     let hidden: Vec<f32> = (0..shape.intermediate_size)
         .map(|row| {
-            let up = dot(up, row, &x) + bias(up_bias, row);
-            let value = match gate {
-                Some(gate) => numerics::activate(shape.activation, dot(gate, row, &x) + bias(gate_bias, row), up),
-                None => numerics::activate(shape.activation, up, up),
+            let up = rounded(precision.gate_up, dot(up, row, &x) + bias(up_bias, row));
+            let gate = match gate {
+                Some(gate) => rounded(precision.gate_up, dot(gate, row, &x) + bias(gate_bias, row)),
+                None => up,
             };
-            value * before_down
+            let [gate, up] = numerics::activate_parts(shape.activation, gate, up);
+            let model = |value: f32| numerics::round_to(precision.model, value);
+            let weighted = |value: f32| before_down.map_or(value, |weight| value * weight);
+            match precision.activation {
+                ActivationRounding::F32 => weighted(gate * up),
+                ActivationRounding::Fused => model(weighted(gate * up)),
+                ActivationRounding::Torch => model(weighted(model(model(gate) * model(up)))),
+            }
         })
         .collect();
     (0..down.shape()[0]).map(|row| dot(down, row, &hidden) + bias(down_bias, row)).collect()
-}
-
-fn refuse(field: &'static str, value: &dyn std::fmt::Debug, because: &'static str) -> Error {
-    support::refuse("reference", field, value, because).into()
 }

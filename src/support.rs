@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use crate::error::Unsupported;
 use crate::spec::{
     Activation, ActivationQuant, ActivationRounding, BlockScale, CombineOrder, CombineRounding, Entry, ExpertInput,
-    ExpertMlp, MoeSpec, Placement, Precision, Rounding, Router, RouterInput, Routing, RoutingMethod, SharedExperts,
-    TensorShard,
+    ExpertMlp, Latent, LatentNorm, MoeSpec, Placement, Precision, Rounding, Router, RouterInput, Routing,
+    SharedExperts, TensorShard,
 };
 
 /// How much of a layer a plan covers.
@@ -42,89 +42,48 @@ pub(crate) fn landed(backend: &'static str, spec: &MoeSpec, scope: Scope) -> Res
         latent,
         lora,
         expert_input,
-        output_bias,
+        output_bias: true | false,
+        output_norm: _,
         placement,
         shard,
         entry,
         precision,
     } = spec;
     match router {
-        Router::Linear { input: RouterInput::Hidden, format: _, bias: _, transform: _ }
+        Router::Linear {
+            input: RouterInput::Hidden | RouterInput::RmsNormScaled { eps: _ },
+            format: _,
+            bias: _,
+            transform: _,
+        }
+        | Router::Mlp { state_size: _, rms_norm_eps: _, previous_state: _, format: _ }
         | Router::Given { transform: _ } => {}
-        Router::Linear { input: input @ RouterInput::RmsNormScaled { eps: _ }, format: _, bias: _, transform: _ } => {
-            return lacks("router.input", input, "no norm before the router yet");
-        }
-        Router::Mlp { state_size: _, rms_norm_eps: _ } => {
-            return lacks("router", router, "no router with state yet");
-        }
     }
     let Routing {
-        method,
+        method: _,
         renormalize: _,
         routed_scaling_factor: _,
         apply_routed_scale_to_output: _,
-        per_expert_scale,
+        per_expert_scale: _,
         weight_position: _,
-        zero_experts,
+        zero_experts: _,
         nan_policy: _,
     } = routing;
-    match method {
-        RoutingMethod::TopK { score: _, key: _, groups: _ }
-        | RoutingMethod::TopKThenScore { score: _ }
-        | RoutingMethod::Hash { score: _, vocab_size: _ } => {}
-        RoutingMethod::JointNorm { num_shared: _, global_scale: _ } => {
-            return lacks("routing.method", method, "no joint normalisation yet");
-        }
-        RoutingMethod::Sparsemixer { router_jitter_noise: _ } => {
-            return lacks("routing.method", method, "no sparsemixer yet");
-        }
-    }
-    if *per_expert_scale {
-        return lacks("routing.per_expert_scale", per_expert_scale, "no per-expert scale yet");
-    }
-    if zero_experts.is_some() {
-        return lacks("routing.zero_experts", zero_experts, "no zero experts yet");
-    }
     let Precision {
         input: _,
         output: _,
         model: _,
-        router_gemm,
-        routing_weights,
-        gate_up,
-        activation,
-        combine,
-        combine_order,
+        router_gemm: Rounding::F32 | Rounding::Model,
+        routing_weights: Rounding::F32 | Rounding::Model,
+        weighted_input: Rounding::F32 | Rounding::Model,
+        gate_up: Rounding::F32 | Rounding::Model,
+        activation: ActivationRounding::F32 | ActivationRounding::Fused | ActivationRounding::Torch,
+        combine: CombineRounding::F32 | CombineRounding::WeightedRows | CombineRounding::EveryStep,
+        combine_order: CombineOrder::Slot | CombineOrder::Expert,
         block_scale,
     } = precision;
-    for (field, rounding) in [
-        ("precision.router_gemm", router_gemm),
-        ("precision.routing_weights", routing_weights),
-        ("precision.gate_up", gate_up),
-    ] {
-        match rounding {
-            Rounding::F32 => {}
-            Rounding::Model => return lacks(field, rounding, "no rounding between steps yet"),
-        }
-    }
     if scope == Scope::Routing {
         return Ok(());
-    }
-    match activation {
-        ActivationRounding::Fused => {}
-        ActivationRounding::Torch => {
-            return lacks("precision.activation", activation, "no rounding inside the activation yet");
-        }
-    }
-    match combine {
-        CombineRounding::F32 => {}
-        CombineRounding::WeightedRows | CombineRounding::EveryStep => {
-            return lacks("precision.combine", combine, "no rounding inside the weighted sum yet");
-        }
-    }
-    match combine_order {
-        CombineOrder::Slot => {}
-        CombineOrder::Expert => return lacks("precision.combine_order", combine_order, "only the order of slots yet"),
     }
     match block_scale {
         BlockScale::Exact => {}
@@ -159,18 +118,19 @@ pub(crate) fn landed(backend: &'static str, spec: &MoeSpec, scope: Scope) -> Res
             }
         }
     }
-    if latent.is_some() {
-        return lacks("latent", latent, "no latent projections yet");
+    match latent {
+        None
+        | Some(Latent {
+            size: _,
+            format: _,
+            norm: LatentNorm::None | LatentNorm::Reduced { eps: _ } | LatentNorm::PreAndPost { pre_eps: _, post_eps: _ },
+        }) => {}
     }
     if lora.is_some() {
         return lacks("lora", lora, "no adapters yet");
     }
     match expert_input {
-        ExpertInput::Hidden => {}
-        ExpertInput::Separate => return lacks("expert_input", expert_input, "no second input yet"),
-    }
-    if *output_bias {
-        return lacks("output_bias", output_bias, "no output bias yet");
+        ExpertInput::Hidden | ExpertInput::Separate => {}
     }
     match placement {
         Placement::All => {}

@@ -4,13 +4,14 @@
 
 use std::borrow::Cow;
 
+use rayon::prelude::*;
 pub use safetensors::Dtype;
 
 use crate::error::{Error, Result};
 use crate::numerics;
 use crate::spec::{
-    ExpertMlp, GateUpLayout, MoeSpec, Orientation, Router, RoutingMethod, ScaleFormat, SharedExperts, SharedGate,
-    WeightFormat,
+    ExpertMlp, GateUpLayout, Latent, LatentNorm, MoeSpec, Orientation, Router, RouterInput, RoutingMethod, ScaleFormat,
+    SharedExperts, SharedGate, WeightFormat,
 };
 
 /// A named array in its stored bytes (little-endian, row-major).
@@ -39,6 +40,16 @@ impl<'a> Tensor<'a> {
             other => return Err(self.wrong_dtype(other, "F32, BF16 or F16")),
         };
         self.expect_len(values.len(), len)?;
+        Ok(values)
+    }
+
+    /// [`Tensor::to_f32`] of a bias or a scale, which has to be finite.
+    ///
+    /// # Errors
+    /// Likewise; a value that is NaN or infinite.
+    pub fn to_finite_f32(&self, len: usize) -> Result<Vec<f32>> {
+        let values = self.to_f32(len)?;
+        finite(&self.name, &values)?;
         Ok(values)
     }
 
@@ -292,17 +303,24 @@ impl<'a> Scales<'a> {
             Some((entry, count)) => (entry, vec![count, blocks[0], blocks[1]]),
         };
         expect_shape(tensor, &expected, expected.iter().product::<usize>() * element)?;
-        Ok(Self {
+        let scales = Self {
             bytes: tensor.bytes,
             format,
             block,
             offset: entry * blocks[0] * blocks[1] + first_row / block[0] * blocks[1],
             cols: blocks[1],
-        })
+        };
+        let first = entry * blocks[0] * blocks[1];
+        let values: Vec<f32> = (first..first + blocks[0] * blocks[1]).map(|index| scales.at(index)).collect();
+        finite(&tensor.name, &values)?;
+        Ok(scales)
     }
 
     fn get(&self, row: usize, col: usize) -> f32 {
-        let index = self.offset + row / self.block[0] * self.cols + col / self.block[1];
+        self.at(self.offset + row / self.block[0] * self.cols + col / self.block[1])
+    }
+
+    fn at(&self, index: usize) -> f32 {
         match self.format {
             ScaleFormat::F32 => {
                 let at = 4 * index;
@@ -333,10 +351,56 @@ pub struct RouterWeights<'a> {
     pub weight: Option<Matrix<'a>>,
     /// Bias inside the logits, `[outputs]`.
     pub bias: Option<Vec<f32>>,
-    /// `e_score_correction_bias` `[outputs]`: for selection only, f32 whatever the checkpoint holds.
+    /// `e_score_correction_bias`, one for each selectable output: for selection only, f32 whatever the
+    /// checkpoint holds.
     pub selection_bias: Option<Vec<f32>>,
     /// Expert ids of each token id, [vocab_size, top_k].
     pub tid2eid: Option<Vec<i32>>,
+    /// `[H]`, what the router multiplies its normed input with ([`RouterInput::RmsNormScaled`]).
+    pub input_scale: Option<Vec<f32>>,
+    /// `[E]`, factors on the routing weights.
+    pub per_expert_scale: Option<Vec<f32>>,
+    /// Factor on all weights of [`RoutingMethod::JointNorm`].
+    pub global_scale: Option<f32>,
+    /// The layers of [`Router::Mlp`].
+    pub mlp: Option<RouterMlpWeights<'a>>,
+}
+
+/// Weights of a [`Router::Mlp`]. S is its state's width.
+#[derive(Debug, Clone)]
+pub struct RouterMlpWeights<'a> {
+    /// W_d [S, H].
+    pub down: Matrix<'a>,
+    /// b_d `[S]`.
+    pub down_bias: Vec<f32>,
+    /// `[S]`, on the state of the previous layer, if one enters.
+    pub states_scale: Option<Vec<f32>>,
+    /// `[S]`, behind the norm.
+    pub norm: Vec<f32>,
+    /// W_1 [S, S].
+    pub fc1: Matrix<'a>,
+    /// b_1 `[S]`.
+    pub fc1_bias: Vec<f32>,
+    /// W_2 [S, S].
+    pub fc2: Matrix<'a>,
+    /// b_2 `[S]`.
+    pub fc2_bias: Vec<f32>,
+    /// W_o [outputs, S].
+    pub out: Matrix<'a>,
+}
+
+impl RouterWeights<'_> {
+    /// A router without any weights: that of [`Router::Given`], and where to begin with the others.
+    pub const NONE: Self = Self {
+        weight: None,
+        bias: None,
+        selection_bias: None,
+        tid2eid: None,
+        input_scale: None,
+        per_expert_scale: None,
+        global_scale: None,
+        mlp: None,
+    };
 }
 
 /// Weights of one MLP.
@@ -363,10 +427,43 @@ pub struct MoeWeights<'a> {
     pub router: RouterWeights<'a>,
     /// One entry an expert, by id. Empty where only the routing is planned.
     pub experts: Vec<MlpWeights<'a>>,
-    /// The shared expert's.
-    pub shared: Option<MlpWeights<'a>>,
+    /// The shared experts': [`MoeSpec::shared_mlps`] of them.
+    pub shared: Vec<MlpWeights<'a>>,
     /// [1, H], if the shared expert has a sigmoid gate.
     pub shared_gate: Option<Matrix<'a>>,
+    /// Around the routed experts.
+    pub latent: Option<LatentWeights<'a>>,
+    /// `[H]`, on the routed sum.
+    pub output_bias: Option<Vec<f32>>,
+    /// `[H]`, behind the norm of the output.
+    pub output_norm: Option<Vec<f32>>,
+}
+
+/// Weights of a [`Latent`]. L is its size.
+#[derive(Debug, Clone)]
+pub struct LatentWeights<'a> {
+    /// [L, H].
+    pub down: Matrix<'a>,
+    /// [H, L].
+    pub up: Matrix<'a>,
+    /// `[L]`: what a norm multiplies with, 1 included where the model stores it less 1.
+    pub norm: LatentNormWeights,
+}
+
+/// Weights of a [`LatentNorm`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum LatentNormWeights {
+    /// Of [`LatentNorm::None`].
+    None,
+    /// Of [`LatentNorm::Reduced`].
+    Reduced(Vec<f32>),
+    /// Of [`LatentNorm::PreAndPost`].
+    PreAndPost {
+        /// Behind the first norm.
+        pre: Vec<f32>,
+        /// Before the second norm.
+        post: Vec<f32>,
+    },
 }
 
 impl RouterWeights<'_> {
@@ -375,29 +472,43 @@ impl RouterWeights<'_> {
     /// # Errors
     /// Names the tensor that is missing, surplus, misshapen or out of range.
     pub fn check(&self, spec: &MoeSpec) -> Result<()> {
-        let Self { weight, bias, selection_bias, tid2eid } = self;
-        let outputs = spec.router_outputs();
-        let (has_weight, has_bias) = match spec.router {
-            Router::Linear { input: _, format, bias, transform: _ } => {
+        let Self { weight, bias, selection_bias, tid2eid, input_scale, per_expert_scale, global_scale, mlp } = self;
+        let (outputs, selectable) = (spec.router_outputs(), spec.selectable());
+        let (mut has_weight, mut has_bias, mut has_scale, mut has_mlp) = (false, false, false, false);
+        match spec.router {
+            Router::Linear { input, format, bias, transform: _ } => {
                 if let Some(weight) = weight {
                     expect_matrix("router.weight", weight, [outputs, spec.hidden_size], format)?;
                 }
-                (true, bias)
+                (has_weight, has_bias) = (true, bias);
+                match input {
+                    RouterInput::Hidden => {}
+                    RouterInput::RmsNormScaled { eps: _ } => has_scale = true,
+                }
             }
-            Router::Mlp { state_size: _, rms_norm_eps: _ } => (true, false),
-            Router::Given { transform: _ } => (false, false),
-        };
-        present("router.weight", weight.is_some(), has_weight)?;
-        vector("router.bias", bias.as_deref(), has_bias, outputs)?;
-        vector("router.selection_bias", selection_bias.as_deref(), spec.has_selection_bias(), outputs)?;
-        if let Some(expert) = selection_bias.iter().flatten().position(|bias| bias.is_nan()) {
-            return Err(Error::invalid(
-                "router.selection_bias",
-                format!("NaN for expert {expert}"),
-                "numbers",
-                "the checkpoint is damaged: a NaN cannot be compared",
-            ));
+            Router::Mlp { state_size, rms_norm_eps: _, previous_state, format } => {
+                has_mlp = true;
+                if let Some(mlp) = mlp {
+                    mlp.check([spec.hidden_size, state_size, outputs], previous_state, format)?;
+                }
+            }
+            Router::Given { transform: _ } => {}
         }
+        present("router.weight", weight.is_some(), has_weight)?;
+        present("router.mlp", mlp.is_some(), has_mlp)?;
+        vector("router.bias", bias.as_deref(), has_bias, outputs)?;
+        vector("router.selection_bias", selection_bias.as_deref(), spec.has_selection_bias(), selectable)?;
+        vector("router.input_scale", input_scale.as_deref(), has_scale, spec.hidden_size)?;
+        let per_expert = spec.routing.per_expert_scale;
+        vector("router.per_expert_scale", per_expert_scale.as_deref(), per_expert, spec.num_experts)?;
+        let has_global_scale = match spec.routing.method {
+            RoutingMethod::JointNorm { num_shared: _, global_scale } => global_scale,
+            RoutingMethod::TopK { score: _, key: _, groups: _ }
+            | RoutingMethod::TopKThenScore { score: _ }
+            | RoutingMethod::Hash { score: _, vocab_size: _ }
+            | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => false,
+        };
+        vector("router.global_scale", global_scale.as_ref().map(std::slice::from_ref), has_global_scale, 1)?;
         let vocab_size = match spec.routing.method {
             RoutingMethod::Hash { score: _, vocab_size } => Some(vocab_size),
             RoutingMethod::TopK { score: _, key: _, groups: _ } => None,
@@ -416,16 +527,58 @@ impl RouterWeights<'_> {
                     "check the table against vocab_size and num_experts_per_tok",
                 ));
             }
-            if let Some(id) = table.iter().find(|&&id| usize::try_from(id).map_or(true, |id| id >= outputs)) {
+            if let Some(id) = table.iter().find(|&&id| usize::try_from(id).map_or(true, |id| id >= selectable)) {
                 return Err(Error::invalid(
                     "router.tid2eid",
                     format!("expert id {id}"),
-                    format!("ids in 0..{outputs}"),
+                    format!("ids in 0..{selectable}"),
                     "the table belongs to another model",
                 ));
             }
         }
         Ok(())
+    }
+}
+
+impl RouterMlpWeights<'_> {
+    fn check(
+        &self,
+        [hidden_size, state, outputs]: [usize; 3],
+        previous_state: bool,
+        format: WeightFormat,
+    ) -> Result<()> {
+        let Self { down, down_bias, states_scale, norm, fc1, fc1_bias, fc2, fc2_bias, out } = self;
+        expect_matrix("router.mlp.down", down, [state, hidden_size], format)?;
+        expect_matrix("router.mlp.fc1", fc1, [state, state], format)?;
+        expect_matrix("router.mlp.fc2", fc2, [state, state], format)?;
+        expect_matrix("router.mlp.out", out, [outputs, state], format)?;
+        vector("router.mlp.down_bias", Some(down_bias), true, state)?;
+        vector("router.mlp.states_scale", states_scale.as_deref(), previous_state, state)?;
+        vector("router.mlp.norm", Some(norm), true, state)?;
+        vector("router.mlp.fc1_bias", Some(fc1_bias), true, state)?;
+        vector("router.mlp.fc2_bias", Some(fc2_bias), true, state)
+    }
+}
+
+impl LatentWeights<'_> {
+    fn check(&self, spec: &Latent, hidden_size: usize) -> Result<()> {
+        let Self { down, up, norm } = self;
+        let Latent { size, format, norm: spec_norm } = spec;
+        expect_matrix("latent.down", down, [*size, hidden_size], *format)?;
+        expect_matrix("latent.up", up, [hidden_size, *size], *format)?;
+        let (reduced, pre, post) = match norm {
+            LatentNormWeights::None => (None, None, None),
+            LatentNormWeights::Reduced(weight) => (Some(weight.as_slice()), None, None),
+            LatentNormWeights::PreAndPost { pre, post } => (None, Some(pre.as_slice()), Some(post.as_slice())),
+        };
+        let (has_reduced, has_both) = match spec_norm {
+            LatentNorm::None => (false, false),
+            LatentNorm::Reduced { eps: _ } => (true, false),
+            LatentNorm::PreAndPost { pre_eps: _, post_eps: _ } => (false, true),
+        };
+        vector("latent.norm", reduced, has_reduced, *size)?;
+        vector("latent.norm.pre", pre, has_both, *size)?;
+        vector("latent.norm.post", post, has_both, *size)
     }
 }
 
@@ -452,27 +605,29 @@ impl MoeWeights<'_> {
     /// # Errors
     /// Names the tensor that is missing, surplus, misshapen or out of range.
     pub fn check(&self, spec: &MoeSpec) -> Result<()> {
-        let Self { router, experts, shared, shared_gate } = self;
+        let Self { router, experts, shared, shared_gate, latent, output_bias, output_norm } = self;
         router.check(spec)?;
-        if experts.len() != spec.num_experts {
-            return Err(Error::invalid(
-                "experts",
-                format!("weights of {}", experts.len()),
-                format!("{} experts", spec.num_experts),
+        let count = |field: &'static str, found: usize, expected: usize| match found == expected {
+            true => Ok(()),
+            false => Err(Error::invalid(
+                field,
+                format!("weights of {found}"),
+                format!("of {expected}"),
                 "give the weights of each expert, by id",
-            ));
-        }
+            )),
+        };
+        count("experts", experts.len(), spec.num_experts)?;
         for expert in experts {
-            expert.check(&spec.experts, spec.hidden_size, "experts")?;
+            expert.check(&spec.experts, spec.expert_width(), "experts")?;
         }
-        present("shared", shared.is_some(), spec.shared.is_some())?;
+        count("shared", shared.len(), spec.shared_mlps())?;
         let mut gated = false;
         if let Some(SharedExperts { mlp, gate, combination: _ }) = &spec.shared {
-            if let Some(shared) = shared {
+            for shared in shared {
                 shared.check(mlp, spec.hidden_size, "shared")?;
             }
             match gate {
-                SharedGate::None => {}
+                SharedGate::None | SharedGate::Joint => {}
                 SharedGate::Sigmoid { format } => {
                     gated = true;
                     if let Some(row) = shared_gate {
@@ -481,7 +636,78 @@ impl MoeWeights<'_> {
                 }
             }
         }
-        present("shared.gate", shared_gate.is_some(), gated)
+        present("shared.gate", shared_gate.is_some(), gated)?;
+        present("latent", latent.is_some(), spec.latent.is_some())?;
+        if let (Some(weights), Some(latent)) = (latent, &spec.latent) {
+            weights.check(latent, spec.hidden_size)?;
+        }
+        vector("output_bias", output_bias.as_deref(), spec.output_bias, spec.hidden_size)?;
+        vector("output_norm", output_norm.as_deref(), spec.output_norm.is_some(), spec.hidden_size)
+    }
+}
+
+/// Weights of one matrix that are NaN or infinite.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// Name of the tensor in the checkpoint.
+    pub tensor: String,
+    /// The matrix that reads it, e.g. `experts[3].up`.
+    pub matrix: String,
+    /// How many.
+    pub count: usize,
+    /// Row and column of the first, in the matrix.
+    pub first: [usize; 2],
+}
+
+impl MoeWeights<'_> {
+    /// Every matrix with the path of its field.
+    pub fn matrices(&self) -> Vec<(String, &Matrix<'_>)> {
+        let Self { router, experts, shared, shared_gate, latent, output_bias: _, output_norm: _ } = self;
+        let mut all: Vec<(String, &Matrix<'_>)> = vec![];
+        all.extend(router.weight.iter().map(|weight| ("router.weight".into(), weight)));
+        if let Some(RouterMlpWeights {
+            down,
+            fc1,
+            fc2,
+            out,
+            down_bias: _,
+            states_scale: _,
+            norm: _,
+            fc1_bias: _,
+            fc2_bias: _,
+        }) = &router.mlp
+        {
+            let named = [("down", down), ("fc1", fc1), ("fc2", fc2), ("out", out)];
+            all.extend(named.map(|(name, matrix)| (format!("router.mlp.{name}"), matrix)));
+        }
+        for (path, mlps) in [("experts", experts), ("shared", shared)] {
+            for (index, MlpWeights { gate, up, down, gate_bias: _, up_bias: _, down_bias: _ }) in
+                mlps.iter().enumerate()
+            {
+                all.extend(gate.iter().map(|gate| (format!("{path}[{index}].gate"), gate)));
+                all.push((format!("{path}[{index}].up"), up));
+                all.push((format!("{path}[{index}].down"), down));
+            }
+        }
+        all.extend(shared_gate.iter().map(|gate| ("shared.gate".into(), gate)));
+        if let Some(LatentWeights { down, up, norm: _ }) = latent {
+            all.extend([("latent.down".into(), down), ("latent.up".into(), up)]);
+        }
+        all
+    }
+
+    /// Finds weights that are NaN or infinite: each matrix that has some. They are no error elsewhere, since
+    /// they propagate as the arithmetic says; biases and scales are checked by [`MoeWeights::check`].
+    pub fn scan(&self) -> Vec<Damage> {
+        let damage = |(path, matrix): &(String, &Matrix<'_>)| {
+            let [rows, cols] = matrix.shape();
+            let bad = |(row, col): &(usize, usize)| !matrix.get(*row, *col).is_finite();
+            let mut found = (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col))).filter(bad);
+            let (row, col) = found.next()?;
+            let tensor = matrix.name().to_owned();
+            Some(Damage { tensor, matrix: path.clone(), count: 1 + found.count(), first: [row, col] })
+        };
+        self.matrices().par_iter().filter_map(damage).collect()
     }
 }
 
@@ -495,14 +721,28 @@ fn present(field: &'static str, found: bool, expected: bool) -> Result<()> {
 
 fn vector(field: &'static str, found: Option<&[f32]>, expected: bool, len: usize) -> Result<()> {
     present(field, found.is_some(), expected)?;
-    match found {
-        Some(values) if values.len() != len => Err(Error::invalid(
+    let Some(values) = found else { return Ok(()) };
+    if values.len() != len {
+        return Err(Error::invalid(
             field,
             format!("{} values", values.len()),
             format!("{len} values"),
             "check the tensor against the spec",
+        ));
+    }
+    finite(field, values)
+}
+
+/// A bias or a scale that is NaN or infinite spoils what it touches: the checkpoint is damaged.
+fn finite(field: &str, values: &[f32]) -> Result<()> {
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(at) => Err(Error::invalid(
+            field.to_owned(),
+            format!("{} at {at}", values[at]),
+            "finite numbers",
+            "the checkpoint is damaged: download or convert it again",
         )),
-        Some(_) | None => Ok(()),
     }
 }
 

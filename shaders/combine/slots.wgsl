@@ -1,7 +1,6 @@
-// combine: out[t] = ROUTED_SCALING_FACTOR * sum over slots, in order, of topk_weights * expert_out (+ shared).
-// expert_out f32 [tokens * TOP_K, HIDDEN_SIZE]; out [tokens, HIDDEN_SIZE] in VALUES_PER_WORD values a word.
-// id -1: no contribution. Any other id that no expert has (-2: the token is outside of the hash table) makes
-// the row NaN: it is a fault, and never a silent zero.
+// combine: out[t] = ROUTED_SCALING_FACTOR * routed sum (+ output bias), joined with the shared experts.
+// out [tokens, HIDDEN_SIZE] in VALUES_PER_WORD values a word. The routed sum is over slots of expert_out
+// f32 [tokens * TOP_K, HIDDEN_SIZE], or the row that stands there already (f32 [tokens, HIDDEN_SIZE]).
 // Twin: src/kernels/combine.rs
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) invocation: vec3<u32>, @builtin(num_workgroups) workgroups: vec3<u32>) {
@@ -13,17 +12,10 @@ fn main(@builtin(global_invocation_id) invocation: vec3<u32>, @builtin(num_workg
             let at = word * VALUES_PER_WORD + i;
             if at < values {
                 let token = at / HIDDEN_SIZE;
-                var sum = 0.0;
-                var missed = false;
-                for (var slot = token * TOP_K; slot < (token + 1u) * TOP_K; slot++) {
-                    let id = topk_ids[slot];
-                    missed = missed || id < -1 || id >= i32(NUM_EXPERTS);
-                    if id >= 0 {
-                        sum += topk_weights[slot] * expert_out[slot * HIDDEN_SIZE + at % HIDDEN_SIZE];
-                    }
-                }
-                let total = ROUTED_SCALING_FACTOR * sum + shared_value(at);
-                let bits = select(bitcast<u32>(total), 0x7fc00000u, missed);
+                let col = at % HIDDEN_SIZE;
+                let routed = round_step(ROUTED_SCALING_FACTOR * routed_sum(token, col));
+                let total = join_shared(add_bias(routed, col), token, col);
+                let bits = select(bitcast<u32>(total), 0x7fc00000u, is_missed(token));
                 packed |= encode(bits) << (16u * i);
             }
         }

@@ -1,3 +1,7 @@
-fn activate(gate: f32, up: f32) -> f32 {
-    return gate_times_sigmoid(at_most(gate, SWIGLU_LIMIT), 1.0) * within(up, SWIGLU_LIMIT);
+fn gate_part(gate: f32) -> f32 {
+    return times_sigmoid(at_most(gate, SWIGLU_LIMIT), at_most(gate, SWIGLU_LIMIT));
+}
+
+fn up_part(up: f32) -> f32 {
+    return within(up, SWIGLU_LIMIT);
 }

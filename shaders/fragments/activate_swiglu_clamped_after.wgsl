@@ -1,3 +1,7 @@
-fn activate(gate: f32, up: f32) -> f32 {
-    return at_most(gate_times_sigmoid(gate, 1.0), SWIGLU_LIMIT) * within(up, SWIGLU_LIMIT);
+fn gate_part(gate: f32) -> f32 {
+    return at_most(times_sigmoid(gate, gate), SWIGLU_LIMIT);
+}
+
+fn up_part(up: f32) -> f32 {
+    return within(up, SWIGLU_LIMIT);
 }

@@ -1,3 +1,7 @@
-fn activate(gate: f32, up: f32) -> f32 {
-    return gate_times_sigmoid(gate, SWIGLU_ALPHA) * (up + SWIGLU_BETA);
+fn gate_part(gate: f32) -> f32 {
+    return times_sigmoid(gate, SWIGLU_ALPHA * gate);
+}
+
+fn up_part(up: f32) -> f32 {
+    return up + SWIGLU_BETA;
 }

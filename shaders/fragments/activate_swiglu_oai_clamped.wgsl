@@ -1,4 +1,7 @@
-fn activate(gate: f32, up: f32) -> f32 {
-    let bounded = at_most(gate, SWIGLU_LIMIT);
-    return gate_times_sigmoid(bounded, SWIGLU_ALPHA) * (within(up, SWIGLU_LIMIT) + SWIGLU_BETA);
+fn gate_part(gate: f32) -> f32 {
+    return times_sigmoid(at_most(gate, SWIGLU_LIMIT), SWIGLU_ALPHA * at_most(gate, SWIGLU_LIMIT));
+}
+
+fn up_part(up: f32) -> f32 {
+    return within(up, SWIGLU_LIMIT) + SWIGLU_BETA;
 }

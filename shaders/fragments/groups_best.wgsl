@@ -1,5 +1,5 @@
-const GROUP_SIZE: u32 = ROUTER_OUTPUTS / N_GROUP;
-const_assert ROUTER_OUTPUTS % N_GROUP == 0u;
+const GROUP_SIZE: u32 = SELECTABLE / N_GROUP;
+const_assert SELECTABLE % N_GROUP == 0u;
 
 var<workgroup> group_keys: array<u32, N_GROUP>;
 var<workgroup> group_allowed: array<u32, N_GROUP>;

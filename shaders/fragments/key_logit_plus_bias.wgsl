@@ -1,4 +1,4 @@
 fn selection_key(base: u32, e: u32, subnormal: u32) -> u32 {
-    let key = logits[base + e] + selection_bias[e];
+    let key = logit_at(base + e) + selection_bias[e];
     return select(order_key(key), 0u, is_nan(key));
 }

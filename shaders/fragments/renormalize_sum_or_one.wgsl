@@ -1,5 +1,5 @@
 const RENORMALIZED: bool = true;
 
-fn renormalize_divisor(sum: f32) -> f32 {
+fn renormalize_divisor(weights: ptr<function, array<f32, TOP_K>>, sum: f32) -> f32 {
     return select(1.0, sum, sum > 0.0);
 }

@@ -1,7 +1,7 @@
 // The logits are compared and scored later: NaN and +inf have no finite softmax, -inf has 0.
 fn score_row(base: u32, index: u32) {
     for (var e = index; e < ROUTER_OUTPUTS; e += WORKGROUP) {
-        let logit = logits[base + e];
+        let logit = logit_at(base + e);
         scores[e] = logit;
         keys[e] = select(1u, 0u, is_nan(logit) || bitcast<u32>(logit) == 0x7f800000u);
     }

@@ -1,6 +1,6 @@
 fn score_row(base: u32, index: u32) {
     for (var e = index; e < ROUTER_OUTPUTS; e += WORKGROUP) {
-        let logit = logits[base + e];
+        let logit = logit_at(base + e);
         scores[e] = sigmoid(logit);
         // Below -87 the score is subnormal, exp(l); exp(l + 64 ln 2) is not.
         var subnormal = 0u;

@@ -23,7 +23,7 @@ fn score_row(base: u32, index: u32) {
     var state = 0u;
     var largest = -3.4028234e38;
     for (var e = index; e < ROUTER_OUTPUTS; e += WORKGROUP) {
-        let logit = logits[base + e];
+        let logit = logit_at(base + e);
         let logit_state = softmax_logit_state(logit);
         state |= logit_state;
         if logit_state == 3u && logit > largest {
@@ -43,7 +43,7 @@ fn score_row(base: u32, index: u32) {
     largest = softmax_max[0];
     var sum = 0.0;
     for (var e = index; e < ROUTER_OUTPUTS; e += WORKGROUP) {
-        scores[e] = softmax_exp(logits[base + e], largest);
+        scores[e] = softmax_exp(logit_at(base + e), largest);
         sum += scores[e];
     }
     softmax_sum[index] = sum;
@@ -58,7 +58,7 @@ fn score_row(base: u32, index: u32) {
     for (var e = index; e < ROUTER_OUTPUTS; e += WORKGROUP) {
         scores[e] = select(0.0, scores[e] / softmax_sum[0], valid);
         // Far below the largest, the score is subnormal; 2^64 times it is not.
-        let distance = logits[base + e] - largest;
+        let distance = logit_at(base + e) - largest;
         var subnormal = 0u;
         if distance < -80.0 && distance >= -104.0 {
             subnormal = subnormal_bits(exp(distance + 44.3614196) / softmax_sum[0]);

@@ -2,10 +2,10 @@ const NOT_IN_TABLE: u32 = 0xffffffffu;
 
 fn select_experts(token: u32, index: u32) {
     allow_groups(index);
-    for (var e = index; e < ROUTER_OUTPUTS; e += WORKGROUP) {
+    for (var e = index; e < SELECTABLE; e += WORKGROUP) {
         if is_allowed(e) {
             var rank = 0u;
-            for (var other = 0u; other < ROUTER_OUTPUTS; other++) {
+            for (var other = 0u; other < SELECTABLE; other++) {
                 if is_allowed(other) && (keys[other] > keys[e] || (keys[other] == keys[e] && other < e)) {
                     rank++;
                 }

@@ -1,3 +1,3 @@
-fn shared_value(index: u32) -> f32 {
-    return 0.0;
+fn join_shared(sum: f32, token: u32, col: u32) -> f32 {
+    return sum;
 }

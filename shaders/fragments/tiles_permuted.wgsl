@@ -13,6 +13,6 @@ fn tile_of(index: u32) -> Tile {
     return Tile(expert_slots[tile.x], tile.y, tile.z);
 }
 
-fn tile_row(position: u32) -> u32 {
+fn tile_row(tile: Tile, position: u32) -> u32 {
     return sorted_rows[position];
 }

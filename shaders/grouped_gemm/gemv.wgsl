@@ -1,4 +1,4 @@
-// grouped_gemm, few rows: out[r, f] = activate(W[slot_of(r)] rows[r / INPUT_DIVISOR]).
+// grouped_gemm, few rows: out[r, f] = finish(W[slot_of(r)] rows[r / INPUT_DIVISOR]).
 // One workgroup: TILE_ROWS rows of one packed matrix for one row r. LANES invocations share four matrix rows.
 // Packed matrix: see span.wgsl; with PAIR = 2 its rows alternate gate and up and yield one feature.
 // out: f32 [rows, OUT_COLS]. Twin: src/kernels/grouped_gemm.rs
@@ -81,7 +81,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let count = min(STAGE_VECS, VECS_PER_ROW - begin);
         for (var quad = index; quad < count * QUADS; quad += WORKGROUP_SIZE) {
             let staged = quad % QUADS * STAGE_VECS + quad / QUADS;
-            stage[staged] = input_quad(input, begin * WEIGHTS_PER_VEC + quad * 4u);
+            stage[staged] = weigh_input_quad(row, input_quad(input, begin * WEIGHTS_PER_VEC + quad * 4u));
         }
         workgroupBarrier();
         for (var vec = lane; vec < count; vec += LANES) {
@@ -122,7 +122,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             let gate = row_sum(feature * PAIR) + row_bias(span, matrix_row);
             let partner = matrix_row + PAIR - 1u;
             let up = row_sum(feature * PAIR + PAIR - 1u) + row_bias(span, partner);
-            out[row * OUT_COLS + matrix_row / PAIR] = activate(gate, up);
+            let out_col = matrix_row / PAIR;
+            out[row * OUT_COLS + out_col] = finish(row, out_col, gate, up);
         }
     }
 }

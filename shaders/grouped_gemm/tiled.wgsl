@@ -1,4 +1,4 @@
-// grouped_gemm, many rows: out[r, f] = activate(W[slot of r] rows[r / INPUT_DIVISOR]).
+// grouped_gemm, many rows: out[r, f] = finish(W[slot of r] rows[r / INPUT_DIVISOR]).
 // One workgroup: TILE_M rows of one group x TILE_N rows of its packed matrix, 4 x 4 results an invocation.
 // Rows come by index from tile_row, results go back to the same index: nothing is gathered or padded.
 // Packed matrix: see span.wgsl; with PAIR = 2 its rows alternate gate and up and yield one feature.
@@ -26,7 +26,7 @@ fn weight_at(span: Span, matrix_row: u32, col: u32) -> f32 {
 
 fn input_at(row: u32, wanted: bool, col: u32) -> f32 {
     if wanted && col < COLS {
-        return input_value(row / INPUT_DIVISOR * COLS + col);
+        return weigh_input(row, input_value(row / INPUT_DIVISOR * COLS + col));
     }
     return 0.0;
 }
@@ -36,7 +36,8 @@ fn store(span: Span, row: u32, result: u32, values: vec4<f32>) {
         if result + j < span.row_end {
             let gate = values[j] + row_bias(span, result + j);
             let up = values[j + PAIR - 1u] + row_bias(span, result + j + PAIR - 1u);
-            out[row * OUT_COLS + (result + j) / PAIR] = activate(gate, up);
+            let out_col = (result + j) / PAIR;
+            out[row * OUT_COLS + out_col] = finish(row, out_col, gate, up);
         }
     }
 }
@@ -57,10 +58,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let quad = index / 16u;
     let at = quad * 4u;
     let last_row = tile.count - 1u;
-    let x0 = tile_row(tile.first + min(at, last_row));
-    let x1 = tile_row(tile.first + min(at + 1u, last_row));
-    let x2 = tile_row(tile.first + min(at + 2u, last_row));
-    let x3 = tile_row(tile.first + min(at + 3u, last_row));
+    let x0 = tile_row(tile, tile.first + min(at, last_row));
+    let x1 = tile_row(tile, tile.first + min(at + 1u, last_row));
+    let x2 = tile_row(tile, tile.first + min(at + 2u, last_row));
+    let x3 = tile_row(tile, tile.first + min(at + 3u, last_row));
     let last_result = span.row_end - 1u;
     let w0 = min(first + at, last_result);
     let w1 = min(first + at + 1u, last_result);

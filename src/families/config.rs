@@ -20,21 +20,87 @@ pub(super) struct Config<'a> {
     /// `family NAME`, for refusals.
     owner: String,
     /// What stands before a key in messages: `quantization_config.` or nothing.
-    path: &'static str,
+    path: String,
     map: &'a Map<String, Value>,
     read: RefCell<BTreeSet<String>>,
+    /// Unknown keys of objects inside.
+    nested: RefCell<Vec<String>>,
+    notes: RefCell<Vec<String>>,
 }
 
 impl<'a> Config<'a> {
-    pub(super) fn new(family: &str, path: &'static str, map: &'a Map<String, Value>) -> Self {
-        Self { owner: format!("family {family}"), path, map, read: RefCell::default() }
+    pub(super) fn new(family: &str, path: &str, map: &'a Map<String, Value>) -> Self {
+        Self {
+            owner: format!("family {family}"),
+            path: path.to_owned(),
+            map,
+            read: RefCell::default(),
+            nested: RefCell::default(),
+            notes: RefCell::default(),
+        }
+    }
+
+    /// Reads the object under a key, whose other keys are reported as this one's are.
+    pub(super) fn object<T>(
+        &self,
+        key: &'static str,
+        irrelevant: &[&str],
+        read: impl FnOnce(&Config<'a>) -> Result<T>,
+    ) -> Result<T> {
+        let (key, value) = self.required(&[key], "an object")?;
+        let map = value.as_object().ok_or_else(|| self.wrong(key, value, "an object"))?;
+        let mut config = Config::new("", &format!("{}{key}.", self.path), map);
+        config.owner.clone_from(&self.owner);
+        let result = read(&config)?;
+        self.nested.borrow_mut().extend(config.unknown(&[irrelevant::SHARED, irrelevant]));
+        self.notes.borrow_mut().extend(config.notes());
+        Ok(result)
+    }
+
+    /// What a reader of the result should know.
+    pub(super) fn note(&self, note: impl Into<String>) {
+        self.notes.borrow_mut().push(note.into());
+    }
+
+    /// All notes so far.
+    pub(super) fn notes(&self) -> Vec<String> {
+        self.notes.borrow().clone()
+    }
+
+    /// A key that other programs read and the family's own code does not: a note unless its value is neutral.
+    pub(super) fn ignored(&self, key: &'static str, neutral: &[Value]) {
+        let Some(value) = self.get(key) else { return };
+        if !value.is_null() && !neutral.contains(value) {
+            self.note(format!(
+                "{} = {} is not applied: the model's own code does not read it",
+                self.name(key),
+                show(value)
+            ));
+        }
+    }
+
+    /// A key of which only one value is implemented. Absent means that value, and so does null where the value is
+    /// false or 0.
+    pub(super) fn fixed(&self, key: &'static str, only: impl Into<Value>) -> Result<()> {
+        let only = only.into();
+        let Some(value) = self.get(key) else { return Ok(()) };
+        let off = only == Value::Bool(false) || only.as_u64() == Some(0);
+        let equal = match (value.as_f64(), only.as_f64()) {
+            (Some(value), Some(only)) => value == only,
+            (Some(_) | None, _) => *value == only,
+        };
+        if equal || (off && value.is_null()) {
+            return Ok(());
+        }
+        Err(self.unsupported(key, value, format!("only {} is implemented", show(&only))))
     }
 
     /// Keys that are neither read nor irrelevant, with their path.
     pub(super) fn unknown(&self, irrelevant: &[&[&str]]) -> Vec<String> {
         let read = self.read.borrow();
         let known = |key: &String| read.contains(key) || irrelevant.iter().any(|keys| keys.contains(&key.as_str()));
-        self.map.keys().filter(|key| !known(key)).map(|key| self.name(key)).collect()
+        let here = self.map.keys().filter(|key| !known(key)).map(|key| self.name(key));
+        here.chain(self.nested.borrow().iter().cloned()).collect()
     }
 
     /// An integer of at least 1 under one of several spellings.
@@ -45,16 +111,21 @@ impl<'a> Config<'a> {
 
     /// The number of layers, each of which becomes an entry of a list.
     pub(super) fn num_layers(&self) -> Result<usize> {
-        let (key, value) = self.required(&["num_hidden_layers"], "an integer of at least 1")?;
+        self.layers(&["num_hidden_layers"])
+    }
+
+    /// The number of layers under one of several spellings.
+    pub(super) fn layers(&self, keys: &[&'static str]) -> Result<usize> {
+        let (key, value) = self.required(keys, "an integer of at least 1")?;
         match self.integer(key, value, 1)? {
             layers if layers <= MAX_LAYERS => Ok(layers),
             _ => Err(self.wrong(key, value, &format!("at most {MAX_LAYERS} layers"))),
         }
     }
 
-    /// An integer.
-    pub(super) fn count(&self, key: &'static str) -> Result<usize> {
-        let (key, value) = self.required(&[key], "an integer of at least 0")?;
+    /// An integer under one of several spellings.
+    pub(super) fn count(&self, keys: &[&'static str]) -> Result<usize> {
+        let (key, value) = self.required(keys, "an integer of at least 0")?;
         self.integer(key, value, 0)
     }
 
@@ -64,21 +135,47 @@ impl<'a> Config<'a> {
     }
 
     /// An integer or null, which is none at all.
-    pub(super) fn nullable_count(&self, key: &'static str) -> Result<Option<usize>> {
-        match self.required(&[key], "an integer of at least 0, or null")? {
+    pub(super) fn nullable_count(&self, keys: &[&'static str]) -> Result<Option<usize>> {
+        match self.required(keys, "an integer of at least 0, or null")? {
             (_, Value::Null) => Ok(None),
             (key, value) => self.integer(key, value, 0).map(Some),
         }
     }
 
-    pub(super) fn flag(&self, key: &'static str) -> Result<bool> {
-        let (key, value) = self.required(&[key], "true or false")?;
+    /// An integer; absent and null both mean none.
+    pub(super) fn any_count(&self, keys: &[&'static str]) -> Result<Option<usize>> {
+        match self.found(keys)? {
+            None | Some((_, Value::Null)) => Ok(None),
+            Some((key, value)) => self.integer(key, value, 0).map(Some),
+        }
+    }
+
+    /// An integer that may be negative, if the key is there.
+    pub(super) fn optional_signed(&self, key: &'static str) -> Result<Option<i64>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_i64().map(Some).ok_or_else(|| self.wrong(key, value, "an integer"))
+    }
+
+    pub(super) fn flag(&self, keys: &[&'static str]) -> Result<bool> {
+        let (key, value) = self.required(keys, "true or false")?;
         value.as_bool().ok_or_else(|| self.wrong(key, value, "true or false"))
     }
 
+    /// True or false, if the key is there.
+    pub(super) fn optional_flag(&self, key: &'static str) -> Result<Option<bool>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_bool().map(Some).ok_or_else(|| self.wrong(key, value, "true or false"))
+    }
+
+    /// A number that must be finite in f32.
+    pub(super) fn number(&self, keys: &[&'static str]) -> Result<f32> {
+        let (key, value) = self.required(keys, "a number")?;
+        self.finite(key, value)
+    }
+
     /// A number that must be finite in f32, or null.
-    pub(super) fn nullable_number(&self, key: &'static str) -> Result<Option<f32>> {
-        match self.required(&[key], "a number or null")? {
+    pub(super) fn nullable_number(&self, keys: &[&'static str]) -> Result<Option<f32>> {
+        match self.required(keys, "a number or null")? {
             (_, Value::Null) => Ok(None),
             (key, value) => self.finite(key, value).map(Some),
         }
@@ -91,7 +188,21 @@ impl<'a> Config<'a> {
 
     /// A bound of an activation. Absent, null, 0, negative and +inf mean that there is none.
     pub(super) fn limit(&self, key: &'static str) -> Result<Option<f32>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        self.get(key).map_or(Ok(None), |value| self.one_limit(key, value))
+    }
+
+    /// A bound for each layer. Absent and null mean that there is none.
+    pub(super) fn limits(&self, key: &'static str) -> Result<Option<Vec<Option<f32>>>> {
+        match self.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Array(list)) => {
+                list.iter().map(|value| self.one_limit(key, value)).collect::<Result<_>>().map(Some)
+            }
+            Some(value) => Err(self.wrong(key, value, "a list of numbers, one a layer, or null")),
+        }
+    }
+
+    fn one_limit(&self, key: &str, value: &Value) -> Result<Option<f32>> {
         if value.is_null() {
             return Ok(None);
         }
@@ -117,9 +228,9 @@ impl<'a> Config<'a> {
         self.get(key).map(|value| self.one_of(key, value, known)).transpose()
     }
 
-    /// A list of words, each one of `known`, if the key is there.
+    /// A list of words, each one of `known`; absent and null mean none.
     pub(super) fn words(&self, key: &'static str, known: &[&'static str]) -> Result<Option<Vec<&'static str>>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
+        let Some(value) = self.get(key).filter(|value| !value.is_null()) else { return Ok(None) };
         let list = value.as_array().ok_or_else(|| self.wrong(key, value, "a list of words"))?;
         list.iter().map(|value| self.one_of(key, value, known)).collect::<Result<_>>().map(Some)
     }
@@ -131,6 +242,48 @@ impl<'a> Config<'a> {
             (key, Value::Array(list)) => list.iter().map(|value| self.integer(key, value, 0)).collect(),
             (key, value) => Err(self.wrong(key, value, "a list of integers, or null")),
         }
+    }
+
+    /// A list of integers; absent and null mean none.
+    pub(super) fn any_integers(&self, key: &'static str) -> Result<Option<Vec<usize>>> {
+        match self.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(_) => self.integers(key).map(Some),
+        }
+    }
+
+    /// A list of true and false, or of 1 and 0; absent and null mean none.
+    pub(super) fn any_flags(&self, key: &'static str) -> Result<Option<Vec<bool>>> {
+        let one = |value: &Value| match (value.as_bool(), value.as_u64()) {
+            (Some(flag), _) => Ok(flag),
+            (None, Some(0)) => Ok(false),
+            (None, Some(1)) => Ok(true),
+            (None, _) => Err(self.wrong(key, value, "a list of 0 and 1, or of false and true")),
+        };
+        match self.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Array(list)) => list.iter().map(one).collect::<Result<_>>().map(Some),
+            Some(value) => Err(self.wrong(key, value, "a list of 0 and 1, one a layer")),
+        }
+    }
+
+    /// An integer of at least 1, or one for each layer.
+    pub(super) fn size_by_layer(&self, keys: &[&'static str], layers: usize) -> Result<Vec<usize>> {
+        match self.required(keys, "an integer of at least 1, or a list of them")? {
+            (key, Value::Array(list)) if list.len() == layers => {
+                list.iter().map(|value| self.integer(key, value, 1)).collect()
+            }
+            (key, Value::Array(list)) => {
+                let found = format!("{} entries", list.len());
+                Err(self.contradiction(key, found, format!("num_hidden_layers = {layers}")))
+            }
+            (key, value) => self.integer(key, value, 1).map(|size| vec![size; layers]),
+        }
+    }
+
+    /// Whether a key is there and not null.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.get(key).is_some_and(|value| !value.is_null())
     }
 
     /// The value of a key, whatever it is.
@@ -169,6 +322,11 @@ impl<'a> Config<'a> {
     }
 
     fn required(&self, keys: &[&'static str], expected: &str) -> Result<(&'static str, &'a Value)> {
+        self.found(keys)?.ok_or_else(|| self.missing(&keys.join(" or "), expected))
+    }
+
+    /// The value under the first spelling that is there; the others must agree with it.
+    fn found(&self, keys: &[&'static str]) -> Result<Option<(&'static str, &'a Value)>> {
         let mut first: Option<(&'static str, &'a Value)> = None;
         for &key in keys {
             let Some(value) = self.get(key) else { continue };
@@ -181,7 +339,7 @@ impl<'a> Config<'a> {
                 None => first = Some((key, value)),
             }
         }
-        first.ok_or_else(|| self.missing(&keys.join(" or "), expected))
+        Ok(first)
     }
 
     fn integer(&self, key: &str, value: &Value, least: usize) -> Result<usize> {

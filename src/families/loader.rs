@@ -1,17 +1,20 @@
 //! From the names of tensors to the weights of a layer.
 
-use std::cell::RefCell;
 use std::collections::BTreeSet;
 
-use super::names::{Names, Site, Stacked};
+use super::model::{Block, Gate, RouterKind, Shared};
+use super::names::{Mlp, Names, Site};
 use super::quantization::Quantization;
+use super::reader::{Index, Place, Reader, expect_shape, format_of};
 use crate::checkpoint::Checkpoint;
-use crate::error::{Error, Result, Unsupported};
+use crate::error::{Error, Result};
 use crate::spec::{
-    ExpertMlp, GateUpLayout, MoeSpec, Orientation, Router, RoutingMethod, ScaleFormat, SharedExperts, SharedGate,
-    WeightFormat,
+    GateUpLayout, Latent, LatentNorm, MoeSpec, Orientation, Router, RouterInput, RoutingMethod, SharedExperts,
+    SharedGate, WeightFormat,
 };
-use crate::weights::{Dtype, Matrix, MlpWeights, MoeWeights, RouterWeights, Rows, Tensor};
+use crate::weights::{LatentNormWeights, LatentWeights, Matrix, MoeWeights, RouterMlpWeights, RouterWeights};
+
+pub(super) use super::reader::missing;
 
 /// Where a layer's tensors are.
 #[derive(Debug, Clone)]
@@ -19,105 +22,85 @@ pub(super) struct Source {
     /// For messages.
     family: &'static str,
     names: &'static Names,
-    /// What all names of the layer begin with; every tensor that does has to be read.
-    prefix: String,
+    /// What the names of the layer begin with; every tensor that does has to be read.
+    owned: Vec<String>,
+    /// `None` if the router is alone in its checkpoint.
+    site: Option<Site>,
     router: RouterNames,
-    experts: Option<Storage>,
-}
-
-/// How the routed experts are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Storage {
-    PerExpert([&'static str; 3]),
-    Stacked,
+    experts: Option<Place>,
 }
 
 #[derive(Debug, Clone)]
 struct RouterNames {
+    /// What the names of the router's parts begin with.
+    prefix: String,
     weight: String,
-    scale: String,
     bias: Option<String>,
     selection_bias: Option<String>,
     tid2eid: Option<String>,
+    input_scale: Option<String>,
+    per_expert_scale: Option<String>,
+    global_scale: Option<String>,
 }
 
-/// How the experts of a layer are stored, as far as the spec says it.
+/// How the parts of a layer are stored, as far as the spec says it.
 pub(super) struct Stored {
     pub(super) router: WeightFormat,
-    pub(super) experts: WeightFormat,
-    pub(super) shared: Option<WeightFormat>,
-    pub(super) layout: GateUpLayout,
+    pub(super) experts: StoredMlp,
+    pub(super) shared: Option<StoredMlp>,
+    /// Of the shared expert's gate, where there is one.
+    pub(super) shared_gate: WeightFormat,
+    /// Of the latent projections, where there are some.
+    pub(super) latent: WeightFormat,
+}
+
+/// How an MLP is stored.
+pub(super) struct StoredMlp {
+    pub(super) format: WeightFormat,
+    pub(super) rows: GateUpLayout,
     pub(super) orientation: Orientation,
-    pub(super) biases: bool,
+}
+
+impl StoredMlp {
+    /// Tensors of their own, [out, in].
+    fn separate(format: WeightFormat) -> Self {
+        Self { format, rows: GateUpLayout::Separate, orientation: Orientation::OutIn }
+    }
 }
 
 impl Source {
     /// The whole layer at a site.
-    pub(super) fn layer(checkpoint: &Checkpoint, family: &'static str, (prefix, names): &Site) -> Result<Self> {
-        let stacked = format!("{prefix}experts.gate_up_proj");
-        let storage = match names.projections {
-            Some(projections) if checkpoint.tensor(&stacked).is_none() => {
-                let first = format!("{prefix}experts.0.{}.weight", projections[0]);
-                if checkpoint.tensor(&first).is_none() {
-                    return Err(missing(checkpoint, format!("{first} or {stacked}")));
-                }
-                Storage::PerExpert(projections)
-            }
-            Some(_) | None => Storage::Stacked,
-        };
-        Ok(Self {
-            family,
-            names,
-            prefix: prefix.clone(),
-            router: RouterNames::at(prefix, names),
-            experts: Some(storage),
-        })
+    pub(super) fn layer(
+        checkpoint: &Checkpoint,
+        family: &'static str,
+        names: &'static Names,
+        site: &Site,
+    ) -> Result<Self> {
+        let experts = place(checkpoint, names, site, names.experts, true)?;
+        let router = RouterNames::at(checkpoint, names, site);
+        Ok(Self { family, names, owned: site.owned(names), site: Some(site.clone()), router, experts: Some(experts) })
     }
 
     /// Only the router of a site.
-    pub(super) fn router_of_layer(family: &'static str, (prefix, names): &Site) -> Self {
-        let router = RouterNames::at(prefix, names);
-        Self { family, names, prefix: format!("{prefix}{}.", names.router), router, experts: None }
+    pub(super) fn router_of_layer(
+        checkpoint: &Checkpoint,
+        family: &'static str,
+        names: &'static Names,
+        site: &Site,
+    ) -> Self {
+        let router = RouterNames::at(checkpoint, names, site);
+        Self { family, names, owned: vec![router.prefix.clone()], site: Some(site.clone()), router, experts: None }
     }
 
     /// A router that is alone in its checkpoint, its tensors named by their last component.
     pub(super) fn bare_router(
         checkpoint: &Checkpoint,
         family: &'static str,
-        modules: &'static [Names],
+        names: &'static Names,
+        router: RouterKind,
     ) -> Result<Self> {
-        let Some(names) = modules.first() else { return Err(missing(checkpoint, "weight".into())) };
-        let find = |spellings: &mut dyn Iterator<Item = &'static str>| -> Result<Option<String>> {
-            let spellings: BTreeSet<&str> = spellings.filter_map(|name| name.rsplit('.').next()).collect();
-            let found: Vec<&str> = checkpoint
-                .names()
-                .filter(|name| name.rsplit('.').next().is_some_and(|last| spellings.contains(last)))
-                .collect();
-            match found.as_slice() {
-                [] => Ok(None),
-                [one] => Ok(Some((*one).to_owned())),
-                [one, other, ..] => Err(Error::invalid(
-                    (*one).to_owned(),
-                    format!("{other} beside it"),
-                    "one tensor of this name in a checkpoint of one router",
-                    "give a checkpoint of one router, or of whole layers",
-                )),
-            }
-        };
-        let weight = find(&mut ["weight"].into_iter())?;
-        let weight = weight.ok_or_else(|| missing(checkpoint, format!("{}.weight", names.router)))?;
-        let optional = |found: Option<String>, wanted: Option<&str>| found.or(wanted.map(str::to_owned));
-        let bias = || modules.iter().filter_map(|names| names.router_bias);
-        let selection_bias = || modules.iter().filter_map(|names| names.selection_bias);
-        let tid2eid = || modules.iter().filter_map(|names| names.tid2eid);
-        let router = RouterNames {
-            scale: format!("{}{}", weight.strip_suffix("weight").unwrap_or(""), names.scale),
-            weight,
-            bias: optional(find(&mut bias())?, bias().next()),
-            selection_bias: optional(find(&mut selection_bias())?, selection_bias().next()),
-            tid2eid: optional(find(&mut tid2eid())?, tid2eid().next()),
-        };
-        Ok(Self { family, names, prefix: String::new(), router, experts: None })
+        let router = RouterNames::bare(checkpoint, names, router)?;
+        Ok(Self { family, names, owned: vec![String::new()], site: None, router, experts: None })
     }
 
     /// Whether no expert is to be read.
@@ -125,111 +108,165 @@ impl Source {
         self.experts.is_none()
     }
 
-    /// How the layer is stored: the dtypes of its tensors.
+    /// How the layer is stored: dtypes and shapes of its tensors.
     pub(super) fn stored(
         &self,
         checkpoint: &Checkpoint,
         quantization: Option<&Quantization>,
-        shared: bool,
+        block: &Block,
     ) -> Result<Stored> {
-        let format = |weight: &str, scale: &str| format_of(checkpoint, self.family, quantization, weight, scale);
-        let prefix = &self.prefix;
-        let scale = self.names.scale;
-        let router = format(&self.router.weight, &self.router.scale)?;
-        let shared = match (self.names.shared, self.names.projections) {
-            (Some(module), Some([gate, _, _])) if shared && self.experts.is_some() => {
-                Some(format(&format!("{prefix}{module}.{gate}.weight"), &format!("{prefix}{module}.{gate}.{scale}"))?)
+        let format = |weight: &str| format_of(checkpoint, self.family, self.names, quantization, weight);
+        let router = match (block.router, self.names.router_mlp) {
+            (RouterKind::Mlp { state_size: _, rms_norm_eps: _, previous_state: _ }, Some(parts)) => {
+                format(&format!("{}{}.weight", self.router.prefix, parts.down))?
             }
-            // Without expert tensors the spec still needs a format; see `resolve_router`.
-            (Some(_) | None, Some(_) | None) => shared.then_some(router),
+            (RouterKind::Mlp { state_size: _, rms_norm_eps: _, previous_state: _ }, None)
+            | (RouterKind::Linear { input: _, bias: _, transform: _ }, _) => format(&self.router.weight)?,
         };
-        let Stacked { layout, orientation, biases } = self.names.stacked;
-        Ok(match self.experts {
-            Some(Storage::PerExpert([gate, _, _])) => {
-                let gate = format!("{prefix}experts.0.{gate}");
-                let experts = format(&format!("{gate}.weight"), &format!("{gate}.{scale}"))?;
-                let (layout, orientation) = (GateUpLayout::Separate, Orientation::OutIn);
-                Stored { router, experts, shared, layout, orientation, biases: false }
+        let (Some(experts), Some(site)) = (&self.experts, &self.site) else {
+            // Without expert tensors the spec still needs formats; see `resolve_router`.
+            let shared = block.shared.map(|_| StoredMlp::separate(router));
+            return Ok(Stored {
+                router,
+                experts: StoredMlp::separate(router),
+                shared,
+                shared_gate: router,
+                latent: router,
+            });
+        };
+        let stored = |place: &Place, width: usize, inner: usize, index: Index| -> Result<StoredMlp> {
+            let (rows, orientation) = place.stored_as(checkpoint, [inner, width], index)?;
+            Ok(StoredMlp { format: format(&place.probe(index))?, rows, orientation })
+        };
+        let width = block.latent.map_or(block.hidden_size, |(size, _)| size);
+        let shared = match block.shared {
+            None => None,
+            Some(shared) => {
+                let (place, index) = self.shared(checkpoint, site, &shared, block.joint_shares())?;
+                Some(stored(&place, block.hidden_size, shared.width, index)?)
             }
-            Some(Storage::Stacked) => {
-                let gate_up = format!("{prefix}experts.gate_up_proj");
-                let experts = format(&gate_up, &format!("{gate_up}_scale_inv"))?;
-                Stored { router, experts, shared, layout, orientation, biases }
-            }
-            None => Stored { router, experts: router, shared, layout, orientation, biases },
+        };
+        let gated = block.shared.is_some_and(|shared| shared.gate == Gate::Sigmoid);
+        let gate = pick(checkpoint, self.names, site, self.names.shared_gate);
+        Ok(Stored {
+            router,
+            experts: stored(experts, width, block.intermediate_size, Index::Of(block.num_experts))?,
+            shared,
+            shared_gate: if gated { gate.map_or(Ok(router), |name| format(&name))? } else { router },
+            latent: match (block.latent, self.names.latent) {
+                (Some(_), Some(latent)) => format(&format!("{}.weight", site.name(self.names, latent.down)))?,
+                (Some(_) | None, _) => router,
+            },
         })
+    }
+
+    /// Where the shared experts are, and how many MLPs they are.
+    fn shared(&self, checkpoint: &Checkpoint, site: &Site, shared: &Shared, shares: usize) -> Result<(Place, Index)> {
+        let place = place(checkpoint, self.names, site, self.names.shared, false)?;
+        Ok((place, if shared.gate == Gate::Joint { Index::Of(shares) } else { Index::One }))
     }
 
     /// The router's weights.
     pub(super) fn router_weights<'a>(&self, checkpoint: &'a Checkpoint, spec: &MoeSpec) -> Result<RouterWeights<'a>> {
         spec.validate()?;
-        let reader = Reader::new(checkpoint);
+        let reader = Reader::new(checkpoint, self.names);
         let weights = self.read_router(&reader, spec)?;
-        let prefix = match self.experts {
-            Some(_) => format!("{}{}.", self.prefix, self.names.router),
-            None => self.prefix.clone(),
+        let owned = match self.site {
+            Some(_) => vec![self.router.prefix.clone()],
+            None => self.owned.clone(),
         };
-        reader.all_read(self.family, &prefix)?;
+        reader.all_read(self.family, &owned)?;
         weights.check(spec)?;
         Ok(weights)
     }
 
     /// The layer's weights; no experts where only a router was resolved.
     pub(super) fn weights<'a>(&self, checkpoint: &'a Checkpoint, spec: &MoeSpec) -> Result<MoeWeights<'a>> {
-        let Some(storage) = self.experts else {
-            let router = self.router_weights(checkpoint, spec)?;
-            return Ok(MoeWeights { router, experts: Vec::new(), shared: None, shared_gate: None });
+        let (Some(experts), Some(site)) = (&self.experts, &self.site) else {
+            return Ok(MoeWeights {
+                router: self.router_weights(checkpoint, spec)?,
+                experts: Vec::new(),
+                shared: Vec::new(),
+                shared_gate: None,
+                latent: None,
+                output_bias: None,
+                output_norm: None,
+            });
         };
         spec.validate()?;
-        let reader = Reader::new(checkpoint);
+        let reader = Reader::new(checkpoint, self.names);
         let router = self.read_router(&reader, spec)?;
-        let experts = match storage {
-            Storage::PerExpert(projections) => (0..spec.num_experts)
-                .map(|id| {
-                    let module = format!("{}experts.{id}", self.prefix);
-                    self.read_mlp(&reader, &module, projections, &spec.experts, spec.hidden_size)
-                })
-                .collect::<Result<_>>()?,
-            Storage::Stacked => self.read_stacked(&reader, spec)?,
-        };
-        let shared = match (&spec.shared, self.names.shared, self.names.projections) {
-            (Some(SharedExperts { mlp, gate, combination: _ }), Some(module), Some(projections)) => {
-                // No family here has a gate on it: `check` refuses a spec that was given one.
-                match gate {
-                    SharedGate::None | SharedGate::Sigmoid { format: _ } => {}
-                }
-                let module = format!("{}{module}", self.prefix);
-                Some(self.read_mlp(&reader, &module, projections, mlp, spec.hidden_size)?)
+        let count = Index::Of(spec.num_experts);
+        let experts = reader.mlps(experts, &spec.experts, spec.expert_width(), count, spec.selectable())?;
+        let (shared, shared_gate) = match &spec.shared {
+            None => (Vec::new(), None),
+            Some(SharedExperts { mlp, gate, combination: _ }) => {
+                let place = place(checkpoint, self.names, site, self.names.shared, false)?;
+                let index = match gate {
+                    SharedGate::Joint => Index::Of(spec.joint_shares()),
+                    SharedGate::None | SharedGate::Sigmoid { format: _ } => Index::One,
+                };
+                let row = match gate {
+                    SharedGate::None | SharedGate::Joint => None,
+                    SharedGate::Sigmoid { format } => {
+                        let name = pick(checkpoint, self.names, site, self.names.shared_gate).unwrap_or_default();
+                        Some(reader.plain(&name, *format, [1, spec.hidden_size])?)
+                    }
+                };
+                (reader.mlps(&place, mlp, spec.hidden_size, index, spec.joint_shares())?, row)
             }
-            // Likewise for a shared expert that was added to the spec of a family without names for it.
-            (None, _, _) | (_, None, _) | (_, _, None) => None,
         };
-        reader.all_read(self.family, &self.prefix)?;
-        let weights = MoeWeights { router, experts, shared, shared_gate: None };
+        let latent = spec.latent.as_ref().map(|latent| self.read_latent(&reader, site, latent, spec.hidden_size));
+        let row = |spellings, wanted: bool| match pick(checkpoint, self.names, site, spellings) {
+            Some(name) if wanted => reader.vector(&name, spec.hidden_size).map(Some),
+            Some(_) | None => Ok(None),
+        };
+        let output_bias = row(self.names.output_bias, spec.output_bias)?;
+        let output_norm = row(self.names.output_norm, spec.output_norm.is_some())?;
+        let latent = latent.transpose()?;
+        let weights = MoeWeights { router, experts, shared, shared_gate, latent, output_bias, output_norm };
+        reader.all_read(self.family, &self.owned)?;
         weights.check(spec)?;
         Ok(weights)
     }
 
     fn read_router<'a>(&self, reader: &Reader<'a>, spec: &MoeSpec) -> Result<RouterWeights<'a>> {
-        let RouterNames { weight, scale, bias, selection_bias, tid2eid } = &self.router;
+        let RouterNames {
+            prefix: _,
+            weight,
+            bias,
+            selection_bias,
+            tid2eid,
+            input_scale,
+            per_expert_scale,
+            global_scale,
+        } = &self.router;
         let outputs = spec.router_outputs();
-        let (matrix, has_bias) = match spec.router {
-            Router::Linear { input: _, format, bias, transform: _ } => {
-                let shape = [outputs, spec.hidden_size];
-                (Some(reader.matrix(weight, scale, format, Orientation::OutIn, Rows::All, None, shape)?), bias)
-            }
-            Router::Mlp { state_size: _, rms_norm_eps: _ } | Router::Given { transform: _ } => (None, false),
-        };
-        let vector = |name: &Option<String>, wanted: bool| match name {
-            Some(name) if wanted => reader.tensor(name)?.to_f32(outputs).map(Some),
+        let vector = |name: &Option<String>, wanted: bool, len: usize| match name {
+            Some(name) if wanted => reader.vector(name, len).map(Some),
             Some(_) | None => Ok(None),
         };
-        let vocab_size = match spec.routing.method {
-            RoutingMethod::Hash { score: _, vocab_size } => Some(vocab_size),
+        let (matrix, mlp, has_bias, scaled) = match &spec.router {
+            Router::Linear { input, format, bias, transform: _ } => {
+                let matrix = reader.plain(weight, *format, [outputs, spec.hidden_size])?;
+                let scaled = match input {
+                    RouterInput::Hidden => false,
+                    RouterInput::RmsNormScaled { eps: _ } => true,
+                };
+                (Some(matrix), None, *bias, scaled)
+            }
+            Router::Mlp { state_size, rms_norm_eps: _, previous_state, format } => {
+                let sizes = [spec.hidden_size, *state_size, outputs];
+                (None, self.read_router_mlp(reader, sizes, *previous_state, *format)?, false, false)
+            }
+            Router::Given { transform: _ } => (None, None, false, false),
+        };
+        let (vocab_size, has_global_scale) = match spec.routing.method {
+            RoutingMethod::Hash { score: _, vocab_size } => (Some(vocab_size), false),
+            RoutingMethod::JointNorm { num_shared: _, global_scale } => (None, global_scale),
             RoutingMethod::TopK { score: _, key: _, groups: _ }
             | RoutingMethod::TopKThenScore { score: _ }
-            | RoutingMethod::JointNorm { num_shared: _, global_scale: _ }
-            | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => None,
+            | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => (None, false),
         };
         let table = match (tid2eid, vocab_size) {
             (Some(name), Some(vocab_size)) => {
@@ -241,218 +278,174 @@ impl Source {
         };
         Ok(RouterWeights {
             weight: matrix,
-            bias: vector(bias, has_bias)?,
-            selection_bias: vector(selection_bias, spec.has_selection_bias())?,
+            bias: vector(bias, has_bias, outputs)?,
+            selection_bias: vector(selection_bias, spec.has_selection_bias(), spec.selectable())?,
             tid2eid: table,
+            input_scale: vector(input_scale, scaled, spec.hidden_size)?,
+            per_expert_scale: vector(per_expert_scale, spec.routing.per_expert_scale, spec.num_experts)?,
+            global_scale: vector(global_scale, has_global_scale, 1)?.and_then(|one| one.first().copied()),
+            mlp,
         })
     }
 
-    fn read_mlp<'a>(
+    fn read_router_mlp<'a>(
         &self,
         reader: &Reader<'a>,
-        module: &str,
-        [gate, up, down]: [&str; 3],
-        mlp: &ExpertMlp,
-        hidden_size: usize,
-    ) -> Result<MlpWeights<'a>> {
-        let scale = self.names.scale;
-        let matrix = |part: &str, shape: [usize; 2]| {
-            let (weight, scale) = (format!("{module}.{part}.weight"), format!("{module}.{part}.{scale}"));
-            reader.matrix(&weight, &scale, mlp.format, Orientation::OutIn, Rows::All, None, shape)
+        [hidden_size, state, outputs]: [usize; 3],
+        previous_state: bool,
+        format: WeightFormat,
+    ) -> Result<Option<RouterMlpWeights<'a>>> {
+        let Some(parts) = self.names.router_mlp else { return Ok(None) };
+        let matrix = |part: &str, shape: [usize; 2]| -> Result<Matrix<'a>> {
+            reader.plain(&format!("{}{part}.weight", self.router.prefix), format, shape)
         };
-        let inner = mlp.intermediate_size;
-        Ok(MlpWeights {
-            gate: Some(matrix(gate, [inner, hidden_size])?),
-            up: matrix(up, [inner, hidden_size])?,
-            down: matrix(down, [hidden_size, inner])?,
-            gate_bias: None,
-            up_bias: None,
-            down_bias: None,
-        })
+        let vector = |part: String| reader.vector(&format!("{}{part}", self.router.prefix), state);
+        let bias = |part: &str| vector(format!("{part}.bias"));
+        Ok(Some(RouterMlpWeights {
+            down: matrix(parts.down, [state, hidden_size])?,
+            down_bias: bias(parts.down)?,
+            states_scale: previous_state.then(|| vector(parts.states_scale.to_owned())).transpose()?,
+            norm: vector(parts.norm.to_owned())?,
+            fc1: matrix(parts.fc1, [state, state])?,
+            fc1_bias: bias(parts.fc1)?,
+            fc2: matrix(parts.fc2, [state, state])?,
+            fc2_bias: bias(parts.fc2)?,
+            out: matrix(parts.out, [outputs, state])?,
+        }))
     }
 
-    fn read_stacked<'a>(&self, reader: &Reader<'a>, spec: &MoeSpec) -> Result<Vec<MlpWeights<'a>>> {
-        let ExpertMlp {
-            intermediate_size,
-            activation: _,
-            gate_up_layout: layout,
-            orientation,
-            gate_up_bias,
-            down_bias,
-            format,
-            activation_quant: _,
-        } = spec.experts;
-        let (hidden, count) = (spec.hidden_size, spec.num_experts);
-        let name = |part: &str| format!("{}experts.{part}", self.prefix);
-        let (gate_up, down) = (name("gate_up_proj"), name("down_proj"));
-        let matrix = |weight: &str, id: usize, part: Rows, shape: [usize; 2]| {
-            reader.matrix(weight, &format!("{weight}_scale_inv"), format, orientation, part, Some((id, count)), shape)
+    fn read_latent<'a>(
+        &self,
+        reader: &Reader<'a>,
+        site: &Site,
+        Latent { size, format, norm }: &Latent,
+        hidden_size: usize,
+    ) -> Result<LatentWeights<'a>> {
+        let Some(names) = self.names.latent else {
+            return Err(missing(reader.checkpoint, "projections to and from a latent width".into()));
         };
-        let biases = |name: String, wanted: bool, width: usize| -> Result<Option<Vec<f32>>> {
-            if !wanted {
-                return Ok(None);
-            }
-            let tensor = reader.tensor(&name)?;
-            expect_shape(&tensor, &[count, width])?;
-            tensor.to_f32(count * width).map(Some)
+        let matrix = |part: &str, shape: [usize; 2]| {
+            reader.plain(&format!("{}.weight", site.name(self.names, part)), *format, shape)
         };
-        let gate_up_bias = biases(name("gate_up_proj_bias"), gate_up_bias, 2 * intermediate_size)?;
-        let down_bias = biases(name("down_proj_bias"), down_bias, hidden)?;
-        (0..count)
-            .map(|id| {
-                let both = gate_up_bias.as_ref().and_then(|all| all.chunks_exact(2 * intermediate_size).nth(id));
-                let (gate_bias, up_bias) = both.map(|both| split(both, layout)).unzip();
-                let shape = [intermediate_size, hidden];
-                Ok(MlpWeights {
-                    gate: Some(matrix(&gate_up, id, Rows::Gate(layout), shape)?),
-                    up: matrix(&gate_up, id, Rows::Up(layout), shape)?,
-                    down: matrix(&down, id, Rows::All, [hidden, intermediate_size])?,
-                    gate_bias,
-                    up_bias,
-                    down_bias: down_bias.as_ref().and_then(|all| all.chunks_exact(hidden).nth(id)).map(<[f32]>::to_vec),
-                })
-            })
-            .collect()
+        let vector = |part: &str| -> Result<Vec<f32>> {
+            let stored = reader.vector(&site.name(self.names, part), *size)?;
+            Ok(if names.zero_centred { stored.iter().map(|weight| 1.0 + weight).collect() } else { stored })
+        };
+        Ok(LatentWeights {
+            down: matrix(names.down, [*size, hidden_size])?,
+            up: matrix(names.up, [hidden_size, *size])?,
+            norm: match norm {
+                LatentNorm::None => LatentNormWeights::None,
+                LatentNorm::Reduced { eps: _ } => LatentNormWeights::Reduced(vector(names.norm)?),
+                LatentNorm::PreAndPost { pre_eps: _, post_eps: _ } => {
+                    LatentNormWeights::PreAndPost { pre: vector(names.norm)?, post: vector(names.post_norm)? }
+                }
+            },
+        })
     }
+}
+
+/// The first spelling that the checkpoint has, else the first at all.
+fn pick(checkpoint: &Checkpoint, names: &Names, site: &Site, spellings: &[&'static str]) -> Option<String> {
+    let full = |part: &&str| site.name(names, part);
+    let there = spellings.iter().map(full).find(|name| checkpoint.tensor(name).is_some());
+    there.or_else(|| spellings.first().map(full))
+}
+
+/// The first of these layouts that the checkpoint has.
+fn place(
+    checkpoint: &Checkpoint,
+    names: &'static Names,
+    site: &Site,
+    mlps: &'static [Mlp],
+    indexed: bool,
+) -> Result<Place> {
+    let index = if indexed { Index::Of(1) } else { Index::One };
+    let places = || {
+        mlps.iter().map(|mlp| {
+            // Gives the path up to the part; a module of its own or the block itself.
+            let path = match mlp.module.is_empty() {
+                true => site.name(names, ""),
+                false => format!("{}.", site.name(names, mlp.module)),
+            };
+            Place { path, layout: &mlp.layout }
+        })
+    };
+    if let Some(found) = places().find(|place| checkpoint.tensor(&place.probe(index)).is_some()) {
+        return Ok(found);
+    }
+    let tried: BTreeSet<String> = places().map(|place| place.probe(index)).collect();
+    let tried: Vec<String> = tried.into_iter().collect();
+    Err(missing(checkpoint, tried.join(" or ")))
 }
 
 impl RouterNames {
-    fn at(prefix: &str, names: &Names) -> Self {
-        let name = |part: &'static str| format!("{prefix}{part}");
-        let router = name(names.router);
+    fn at(checkpoint: &Checkpoint, names: &Names, site: &Site) -> Self {
+        let full = |router: &&str| format!("{}.", site.name(names, router));
+        let there = |prefix: &String| checkpoint.names().any(|name| name.starts_with(prefix.as_str()));
+        let prefix = names.router.iter().map(full).find(there).or_else(|| names.router.first().map(full));
+        let prefix = prefix.unwrap_or_default();
+        let pick = |spellings| pick(checkpoint, names, site, spellings);
         Self {
-            weight: format!("{router}.weight"),
-            scale: format!("{router}.{}", names.scale),
-            bias: names.router_bias.map(name),
-            selection_bias: names.selection_bias.map(name),
-            tid2eid: names.tid2eid.map(name),
+            weight: format!("{prefix}weight"),
+            prefix,
+            bias: pick(names.router_bias),
+            selection_bias: pick(names.selection_bias),
+            tid2eid: pick(names.tid2eid),
+            input_scale: pick(names.input_scale),
+            per_expert_scale: pick(names.per_expert_scale),
+            global_scale: pick(names.global_scale),
         }
     }
-}
 
-/// Gate and up biases of one expert, `[I]` each, from its `[2 I]`.
-fn split(both: &[f32], layout: GateUpLayout) -> (Vec<f32>, Vec<f32>) {
-    match layout {
-        GateUpLayout::Separate | GateUpLayout::Halves => {
-            let (gate, up) = both.split_at(both.len() / 2);
-            (gate.to_vec(), up.to_vec())
-        }
-        GateUpLayout::Interleaved => {
-            let part = |first: usize| both.iter().skip(first).step_by(2).copied().collect();
-            (part(0), part(1))
-        }
-    }
-}
-
-/// Takes tensors and remembers which.
-struct Reader<'a> {
-    checkpoint: &'a Checkpoint,
-    read: RefCell<BTreeSet<String>>,
-}
-
-impl<'a> Reader<'a> {
-    fn new(checkpoint: &'a Checkpoint) -> Self {
-        Self { checkpoint, read: RefCell::default() }
-    }
-
-    fn tensor(&self, name: &str) -> Result<Tensor<'a>> {
-        let tensor = self.checkpoint.tensor(name).ok_or_else(|| missing(self.checkpoint, name.to_owned()))?;
-        self.read.borrow_mut().insert(name.to_owned());
-        Ok(tensor)
-    }
-
-    #[allow(clippy::too_many_arguments, reason = "they are the arguments of Matrix::view, with names for tensors")]
-    fn matrix(
-        &self,
-        weight: &str,
-        scale: &str,
-        format: WeightFormat,
-        orientation: Orientation,
-        part: Rows,
-        stack: Option<(usize, usize)>,
-        shape: [usize; 2],
-    ) -> Result<Matrix<'a>> {
-        let weight = self.tensor(weight)?;
-        let scale = match format {
-            WeightFormat::Fp8Block { block: _, scale: _ } => Some(self.tensor(scale)?),
-            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => None,
+    fn bare(checkpoint: &Checkpoint, names: &Names, router: RouterKind) -> Result<Self> {
+        let last = |name: &'static str| name.rsplit('.').next().unwrap_or(name);
+        let find = |spellings: &BTreeSet<&str>| -> Result<Option<String>> {
+            let named = |name: &&str| name.rsplit('.').next().is_some_and(|last| spellings.contains(last));
+            let found: Vec<&str> = checkpoint.names().filter(named).collect();
+            match found.as_slice() {
+                [] => Ok(None),
+                [one] => Ok(Some((*one).to_owned())),
+                [one, other, ..] => Err(Error::invalid(
+                    (*one).to_owned(),
+                    format!("{other} beside it"),
+                    "one tensor of this name in a checkpoint of one router",
+                    "give a checkpoint of one router, or of whole layers",
+                )),
+            }
         };
-        Matrix::view(&weight, scale.as_ref(), format, orientation, part, stack, shape)
-    }
-
-    /// Refuses a tensor of the layer that nothing read: leaving it out would change the layer.
-    fn all_read(&self, family: &str, prefix: &str) -> Result<()> {
-        let read = self.read.borrow();
-        let surplus = self.checkpoint.names().find(|name| name.starts_with(prefix) && !read.contains(*name));
-        let Some(tensor) = surplus.and_then(|name| self.checkpoint.tensor(name)) else { return Ok(()) };
-        Err(Error::Unsupported(Unsupported {
-            backend: format!("family {family}").into(),
-            field: tensor.name.to_string().into(),
-            value: format!("{:?} {:?}", tensor.dtype, tensor.shape),
-            because: "neither config.json nor the family has a use for this tensor of the layer".into(),
-        }))
-    }
-}
-
-fn format_of(
-    checkpoint: &Checkpoint,
-    family: &'static str,
-    quantization: Option<&Quantization>,
-    weight: &str,
-    scale: &str,
-) -> Result<WeightFormat> {
-    let find = |name: &str| checkpoint.tensor(name).ok_or_else(|| missing(checkpoint, name.to_owned()));
-    let unsupported = |tensor: &Tensor<'_>, because: &'static str| {
-        Error::Unsupported(Unsupported {
-            backend: format!("family {family}").into(),
-            field: format!("{}.dtype", tensor.name).into(),
-            value: format!("{:?}", tensor.dtype),
-            because: because.into(),
-        })
-    };
-    let tensor = find(weight)?;
-    match tensor.dtype {
-        Dtype::F32 => Ok(WeightFormat::F32),
-        Dtype::F16 => Ok(WeightFormat::F16),
-        Dtype::BF16 => Ok(WeightFormat::Bf16),
-        Dtype::F8_E4M3 => {
-            let Some(quantization) = quantization else {
-                return Err(Error::invalid(
-                    weight.to_owned(),
-                    "F8_E4M3 weights and no quantization_config",
-                    "a quantization_config that says how they are scaled",
-                    "add the model's quantization_config to config.json",
-                ));
-            };
-            let scales = find(scale)?;
-            let scale = match scales.dtype {
-                Dtype::F32 => ScaleFormat::F32,
-                Dtype::F8_E8M0 => ScaleFormat::E8m0,
-                _ => return Err(unsupported(&scales, "block scales are F32 or F8_E8M0")),
-            };
-            Ok(WeightFormat::Fp8Block { block: quantization.block, scale })
+        let optional = |spellings: &'static [&'static str]| -> Result<Option<String>> {
+            let found = find(&spellings.iter().copied().map(last).collect())?;
+            Ok(found.or_else(|| spellings.first().map(|name| (*name).to_owned())))
+        };
+        let spelt = names.router.first().copied().unwrap_or("router");
+        let (prefix, weight) = match (router, names.router_mlp) {
+            (RouterKind::Mlp { state_size: _, rms_norm_eps: _, previous_state: _ }, Some(parts)) => {
+                let norm = checkpoint.names().find_map(|name| name.strip_suffix(parts.norm));
+                let prefix = norm.ok_or_else(|| missing(checkpoint, format!("{spelt}.{}", parts.norm)))?;
+                (prefix.to_owned(), String::new())
+            }
+            (RouterKind::Mlp { state_size: _, rms_norm_eps: _, previous_state: _ }, None)
+            | (RouterKind::Linear { input: _, bias: _, transform: _ }, _) => {
+                let weight = find(&BTreeSet::from(["weight"]))?;
+                let weight = weight.ok_or_else(|| missing(checkpoint, format!("{spelt}.weight")))?;
+                (weight.strip_suffix("weight").unwrap_or("").to_owned(), weight)
+            }
+        };
+        // Whatever the checkpoints call it, a router by itself calls it so.
+        let mut selection_bias: BTreeSet<&str> = names.selection_bias.iter().copied().map(last).collect();
+        if !selection_bias.is_empty() {
+            selection_bias.insert("e_score_correction_bias");
         }
-        _ => Err(unsupported(&tensor, "weights are F32, F16, BF16 or F8_E4M3")),
-    }
-}
-
-fn expect_shape(tensor: &Tensor<'_>, expected: &[usize]) -> Result<()> {
-    if tensor.shape == expected {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        tensor.name.to_string(),
-        format!("shape {:?}", tensor.shape),
-        format!("shape {expected:?}"),
-        "check the tensor against config.json",
-    ))
-}
-
-/// A tensor that is in none of the shards.
-pub(super) fn missing(checkpoint: &Checkpoint, name: String) -> Error {
-    Error::MissingTensor {
-        name,
-        searched: checkpoint.searched(),
-        remedy: "download the shard that holds it, or ask for a layer that is here".into(),
+        Ok(Self {
+            prefix,
+            weight,
+            bias: optional(names.router_bias)?,
+            selection_bias: find(&selection_bias)?.or_else(|| names.selection_bias.first().map(|&name| name.into())),
+            tid2eid: optional(names.tid2eid)?,
+            input_scale: optional(names.input_scale)?,
+            per_expert_scale: optional(names.per_expert_scale)?,
+            global_scale: optional(names.global_scale)?,
+        })
     }
 }

@@ -1,56 +1,49 @@
-//! Mixtral: softmax over all experts, then the k best, always renormalised.
+//! Mixtral, and MiniMax-Text-01 and M1: softmax over all experts, then the k best, always renormalised.
 //!
-//! Source: `MixtralSparseMoeBlock` of transformers.
+//! Source: `MixtralSparseMoeBlock` and `MiniMaxSparseMoeBlock` of transformers.
 
 use super::config::Config;
-use super::names::{Names, Stacked};
-use super::{Family, Layer, Model};
+use super::model::{Block, Family, Kinds, Model, SOFTMAX, Sizes, activation};
+use super::names::{FUSED, MLP, Names, PROJ, SHORT};
 use crate::error::Result;
-use crate::spec::{Activation, Denominator, RoutingMethod, Score, SelectionKey};
+use crate::spec::Denominator;
+
+/// Of Mixtral and its kin; transformers 5 calls the module `mlp`.
+pub(super) const NAMES: Names = Names {
+    modules: &["block_sparse_moe", "mlp"],
+    selection_bias: &[],
+    experts: &[FUSED, SHORT, PROJ],
+    shared: &[],
+    ..MLP
+};
 
 pub(super) const FAMILY: Family = Family {
     name: "mixtral",
     model_types: &["mixtral"],
+    examples: &["Mixtral 8x7B, 8x22B"],
     // Noise on the router's input in training.
     irrelevant: &["router_jitter_noise"],
-    modules: &[
-        names("block_sparse_moe"),
-        // transformers 5 calls the module so.
-        names("mlp"),
-    ],
+    names: NAMES,
     read,
 };
 
-const fn names(module: &'static str) -> Names {
-    Names {
-        module,
-        router: "gate",
-        router_bias: None,
-        selection_bias: None,
-        tid2eid: None,
-        projections: Some(["w1", "w3", "w2"]),
-        scale: "weight_scale_inv",
-        shared: None,
-        stacked: Stacked::HALVES,
-    }
-}
+pub(super) const MINIMAX: Family = Family {
+    name: "minimax",
+    model_types: &["minimax"],
+    examples: &["MiniMax-Text-01, M1"],
+    irrelevant: &["router_jitter_noise", "shared_moe_mode"],
+    names: NAMES,
+    read: |config| {
+        // The authors' configs have the key, and 0.
+        config.fixed("shared_intermediate_size", 0)?;
+        read(config)
+    },
+};
 
 fn read(config: &Config<'_>) -> Result<Model> {
-    config.word("hidden_act", &["silu"])?;
-    let method = RoutingMethod::TopK { score: Score::Softmax, key: SelectionKey::Score, groups: None };
-    let activation = Activation::Swiglu { limit: None };
-    Ok(Model {
-        hidden_size: config.size(&["hidden_size"])?,
-        num_experts: config.size(&["num_local_experts", "num_experts"])?,
-        top_k: config.size(&["num_experts_per_tok"])?,
-        layers: vec![Layer::Moe(method); config.num_layers()?],
-        dense_keys: "num_hidden_layers",
-        renormalize: Some(Denominator::Sum),
-        routed_scaling_factor: 1.0,
-        intermediate_size: config.size(&["intermediate_size"])?,
-        activation,
-        shared: None,
-        shared_activation: activation,
-        notes: Vec::new(),
-    })
+    let sizes =
+        Sizes::read(config, &["num_local_experts", "num_experts"], &["num_experts_per_tok"], &["intermediate_size"])?;
+    let block = Block::new(sizes, SOFTMAX, activation(config, "hidden_act")?);
+    let block = Block { renormalize: Some(Denominator::Sum), ..block };
+    Ok(Model::new(Kinds::all(config.num_layers()?), &block))
 }

@@ -1,82 +1,222 @@
-//! `combine`: the weighted sum over slots, the routed scale on it if the spec says so, the shared expert.
+//! `combine`: the routed sum, rho and the output bias on it, the shared experts beside it.
 //!
-//! `out[t] = scale * sum over slots of topk_weights * expert_out (+ shared_out)`, in slot order, f32,
-//! rounded once to the output type. Bounded by the contraction of products and sums only.
+//! `out[t] = scale * sum over slots of weight * expert_out (+ bias) (+ shared_out)`, in the order and with the
+//! roundings of the precision. Bounded by the contraction of products and sums, and by the gate's `exp`.
 
 use rayon::prelude::*;
 
-use super::{Arguments, PARAMS, Source, Value, read, shader, write};
+use super::{
+    Arguments, PARAMS, Source, Value, decode_value, input_fragments, read, round_fragments, shader, unique, write,
+};
 use crate::error::Result;
-use crate::spec::FloatType;
+use crate::numerics;
+use crate::spec::{CombineOrder, CombineRounding, FloatType};
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Combine {
-    /// H.
+    /// Width of a row.
     pub hidden_size: usize,
-    /// E.
-    pub num_experts: usize,
-    /// k.
-    pub top_k: usize,
-    /// rho if it acts on the output, else 1.
+    /// What is summed.
+    pub routed: Routed,
+    /// rho if it acts here, else 1.
     pub output_scale: f32,
-    /// Whether there is a shared expert.
-    pub shared: bool,
+    /// Whether a bias is added to the routed sum.
+    pub output_bias: bool,
+    /// What is added to that.
+    pub shared: Option<SharedRows>,
+    /// Where the sum is rounded to `model`.
+    pub rounding: CombineRounding,
+    /// T.
+    pub model: FloatType,
     /// Type of the output.
     pub output: FloatType,
 }
 
+/// The routed part.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Routed {
+    /// `expert_out` [T * k, H] holds a row for each slot.
+    Slots {
+        /// E.
+        num_experts: usize,
+        /// E plus zero experts.
+        selectable: usize,
+        /// k.
+        top_k: usize,
+        /// Whether the routing weights multiply here.
+        weighted: bool,
+        /// Type of the rows that zero experts return; `None` if they return nothing, or are none.
+        identity: Option<FloatType>,
+        /// Order of the sum.
+        order: CombineOrder,
+    },
+    /// `expert_out` [T, H] is the sum.
+    Row,
+}
+
+/// The shared experts' rows `shared_out` [T * mlps, H].
+#[derive(Debug, Clone, PartialEq)]
+pub struct SharedRows {
+    /// Rows of a token.
+    pub mlps: usize,
+    /// What multiplies a row.
+    pub factor: SharedFactor,
+    /// Whether the sum is halved.
+    pub average: bool,
+}
+
+/// What multiplies a shared expert's row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SharedFactor {
+    /// Nothing.
+    One,
+    /// `sigmoid(shared_gate[t])`.
+    SigmoidOfGate,
+    /// `shared_weights`.
+    Share,
+}
+
 impl Combine {
     pub(super) fn source(&self) -> Source {
-        let Self { hidden_size, num_experts, top_k, output_scale, shared, output } = self;
-        let mut bindings = vec![
-            PARAMS,
-            read("topk_ids", "array<i32>"),
-            read("topk_weights", "array<f32>"),
-            read("expert_out", "array<f32>"),
-            write("out", "array<u32>"),
+        let Self { hidden_size, routed, output_scale, output_bias, shared, rounding, model, output } = self;
+        let mut constants = vec![
+            ("HIDDEN_SIZE", Value::U32(*hidden_size as u32)),
+            ("ROUTED_SCALING_FACTOR", Value::F32(*output_scale)),
         ];
-        if *shared {
-            bindings.push(read("shared_out", "array<f32>"));
+        let mut bindings = vec![PARAMS];
+        let mut fragments = vec![shader!("fragments/params.wgsl")];
+        match rounding {
+            CombineRounding::F32 => fragments.push(shader!("fragments/sum_f32.wgsl")),
+            CombineRounding::WeightedRows => {
+                fragments.extend(round_fragments(*model));
+                fragments.push(shader!("fragments/sum_weighted_rows.wgsl"));
+            }
+            CombineRounding::EveryStep => {
+                fragments.extend(round_fragments(*model));
+                fragments.push(shader!("fragments/sum_every_step.wgsl"));
+            }
         }
-        Source {
-            constants: vec![
-                ("HIDDEN_SIZE", Value::U32(*hidden_size as u32)),
-                ("NUM_EXPERTS", Value::U32(*num_experts as u32)),
-                ("TOP_K", Value::U32(*top_k as u32)),
-                ("ROUTED_SCALING_FACTOR", Value::F32(*output_scale)),
-            ],
-            bindings,
-            fragments: vec![
-                shader!("fragments/params.wgsl"),
-                if *shared { shader!("fragments/shared_sum.wgsl") } else { shader!("fragments/shared_none.wgsl") },
-                match output {
-                    FloatType::F32 => shader!("fragments/store_f32.wgsl"),
-                    FloatType::F16 => shader!("fragments/store_f16.wgsl"),
-                    FloatType::Bf16 => shader!("fragments/store_bf16.wgsl"),
-                },
-                shader!("combine/slots.wgsl"),
-            ],
+        match routed {
+            Routed::Slots { num_experts, selectable, top_k, weighted, identity, order } => {
+                constants.push(("NUM_EXPERTS", Value::U32(*num_experts as u32)));
+                constants.push(("SELECTABLE", Value::U32(*selectable as u32)));
+                constants.push(("TOP_K", Value::U32(*top_k as u32)));
+                bindings.push(read("topk_ids", "array<i32>"));
+                if *weighted || identity.is_some() {
+                    bindings.push(read("topk_weights", "array<f32>"));
+                }
+                fragments.push(match order {
+                    CombineOrder::Slot => shader!("fragments/order_slot.wgsl"),
+                    CombineOrder::Expert => shader!("fragments/order_expert.wgsl"),
+                });
+                fragments.push(match weighted {
+                    true => shader!("fragments/output_weighted.wgsl"),
+                    false => shader!("fragments/output_unweighted.wgsl"),
+                });
+                match identity {
+                    None => fragments.push(shader!("fragments/zero_nothing.wgsl")),
+                    Some(input) => {
+                        bindings.push(read("rows", "array<u32>"));
+                        fragments.extend(input_fragments(*input));
+                        fragments.push(shader!("fragments/zero_identity.wgsl"));
+                    }
+                }
+                fragments.push(shader!("fragments/routed_slots.wgsl"));
+            }
+            Routed::Row => fragments.push(shader!("fragments/routed_row.wgsl")),
         }
+        bindings.push(read("expert_out", "array<f32>"));
+        match output_bias {
+            true => {
+                bindings.push(read("output_bias", "array<f32>"));
+                fragments.push(shader!("fragments/output_bias_row.wgsl"));
+            }
+            false => fragments.push(shader!("fragments/output_bias_none.wgsl")),
+        }
+        match shared {
+            None => fragments.push(shader!("fragments/shared_none.wgsl")),
+            Some(SharedRows { mlps, factor, average }) => {
+                constants.push(("SHARED_MLPS", Value::U32(*mlps as u32)));
+                constants.push(("SHARED_AVERAGE", Value::F32(if *average { 0.5 } else { 1.0 })));
+                bindings.push(read("shared_out", "array<f32>"));
+                match factor {
+                    SharedFactor::One => fragments.push(shader!("fragments/shared_gate_none.wgsl")),
+                    SharedFactor::SigmoidOfGate => {
+                        bindings.push(read("shared_gate", "array<f32>"));
+                        fragments.push(shader!("fragments/keep_nan.wgsl"));
+                        fragments.push(shader!("fragments/sigmoid.wgsl"));
+                        fragments.push(shader!("fragments/shared_gate_sigmoid.wgsl"));
+                    }
+                    SharedFactor::Share => {
+                        bindings.push(read("shared_weights", "array<f32>"));
+                        fragments.push(shader!("fragments/shared_gate_joint.wgsl"));
+                    }
+                }
+                fragments.push(shader!("fragments/shared_rows.wgsl"));
+            }
+        }
+        match output {
+            FloatType::F32 => fragments.push(shader!("fragments/store_f32.wgsl")),
+            FloatType::F16 => {
+                fragments.extend([shader!("fragments/encode_f16.wgsl"), shader!("fragments/store_f16.wgsl")]);
+            }
+            FloatType::Bf16 => {
+                fragments.extend([shader!("fragments/encode_bf16.wgsl"), shader!("fragments/store_bf16.wgsl")]);
+            }
+        }
+        fragments.push(shader!("combine/slots.wgsl"));
+        bindings.push(write("out", "array<u32>"));
+        Source { constants, bindings, fragments: unique(fragments) }
     }
 
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
-        let values = arguments.tokens()? * self.hidden_size;
-        let ids = arguments.read_i32("topk_ids")?;
-        let weights = arguments.read_f32("topk_weights")?;
+        let tokens = arguments.tokens()?;
+        let values = tokens * self.hidden_size;
         let expert_out = arguments.read_f32("expert_out")?;
-        let shared_out = if self.shared { Some(arguments.read_f32("shared_out")?) } else { None };
-        let expert = |slot: usize| usize::try_from(ids[slot]).ok().filter(|&id| id < self.num_experts);
-        let value = |at: usize| {
-            let slots = at / self.hidden_size * self.top_k..(at / self.hidden_size + 1) * self.top_k;
-            if slots.clone().any(|slot| ids[slot] != -1 && expert(slot).is_none()) {
-                return f32::NAN;
+        let bias = if self.output_bias { Some(arguments.read_f32("output_bias")?) } else { None };
+        let routed = SlotRows::read(&self.routed, arguments, tokens)?;
+        let shared = match &self.shared {
+            None => None,
+            Some(SharedRows { mlps: _, factor, average: _ }) => {
+                let factors: Option<&[f32]> = match factor {
+                    SharedFactor::One => None,
+                    SharedFactor::SigmoidOfGate => Some(arguments.read_f32("shared_gate")?),
+                    SharedFactor::Share => Some(arguments.read_f32("shared_weights")?),
+                };
+                Some((arguments.read_f32("shared_out")?, factors))
             }
-            let sum: f32 = slots
-                .filter(|&slot| expert(slot).is_some())
-                .map(|slot| weights[slot] * expert_out[slot * self.hidden_size + at % self.hidden_size])
-                .sum();
-            self.output_scale * sum + shared_out.map_or(0.0, |shared| shared[at])
+        };
+        let value = |at: usize| {
+            let (token, col) = (at / self.hidden_size, at % self.hidden_size);
+            let sum = match &routed {
+                None => expert_out[at],
+                Some(rows) if rows.missed[token] => return f32::NAN,
+                Some(rows) => rows.slots[token].iter().fold(0.0, |sum, slot| {
+                    let value = match slot.from {
+                        SlotFrom::Expert(row) => expert_out[row * self.hidden_size + col],
+                        SlotFrom::Identity(input, words) => decode_value(words, input, at),
+                    };
+                    self.step(sum + self.weighted(slot.weight, value))
+                }),
+            };
+            let mut sum = self.step(self.output_scale * sum);
+            if let Some(bias) = bias {
+                sum = self.step(sum + bias[col]);
+            }
+            if let (Some(SharedRows { mlps, factor, average }), Some((rows, factors))) = (&self.shared, &shared) {
+                for mlp in token * mlps..(token + 1) * mlps {
+                    let factor = match (factor, factors) {
+                        (SharedFactor::SigmoidOfGate, Some(gates)) => numerics::sigmoid(gates[mlp]),
+                        (SharedFactor::Share, Some(shares)) => shares[mlp],
+                        (SharedFactor::One, _) | (_, None) => 1.0,
+                    };
+                    let row = self.step(rows[mlp * self.hidden_size + col]);
+                    sum = self.step(sum + self.step(self.step(factor) * row));
+                }
+                sum = self.step(if *average { 0.5 * sum } else { sum });
+            }
+            sum
         };
         let per_word = 4 / self.output.bytes();
         let out = &mut arguments.write("out")?[..values.div_ceil(per_word)];
@@ -87,6 +227,82 @@ impl Combine {
                 .fold(0, |word, bits| word | bits);
         });
         Ok(())
+    }
+
+    /// Twin: shaders/fragments/sum_*.wgsl
+    fn step(&self, value: f32) -> f32 {
+        match self.rounding {
+            CombineRounding::F32 | CombineRounding::WeightedRows => value,
+            CombineRounding::EveryStep => numerics::round_to(self.model, value),
+        }
+    }
+
+    fn weighted(&self, weight: f32, value: f32) -> f32 {
+        let round = |value| numerics::round_to(self.model, value);
+        match self.rounding {
+            CombineRounding::F32 => weight * value,
+            CombineRounding::WeightedRows => round(weight * value),
+            CombineRounding::EveryStep => round(weight * round(value)),
+        }
+    }
+}
+
+/// The slots of each token that contribute, in order.
+struct SlotRows<'a> {
+    slots: Vec<Vec<SlotRow<'a>>>,
+    /// Whether a token has an id that nobody has.
+    missed: Vec<bool>,
+}
+
+struct SlotRow<'a> {
+    weight: f32,
+    from: SlotFrom<'a>,
+}
+
+enum SlotFrom<'a> {
+    /// Row of `expert_out`.
+    Expert(usize),
+    /// The token's own row.
+    Identity(FloatType, &'a [u32]),
+}
+
+impl<'a> SlotRows<'a> {
+    fn read(routed: &Routed, arguments: &Arguments<'a>, tokens: usize) -> Result<Option<Self>> {
+        let (num_experts, selectable, top_k, weighted, identity, order) = match *routed {
+            Routed::Row => return Ok(None),
+            Routed::Slots { num_experts, selectable, top_k, weighted, identity, order } => {
+                (num_experts, selectable, top_k, weighted, identity, order)
+            }
+        };
+        let ids = arguments.read_i32("topk_ids")?;
+        let needs_weights = weighted || identity.is_some();
+        let weights = if needs_weights { Some(arguments.read_f32("topk_weights")?) } else { None };
+        let rows = match identity {
+            None => None,
+            Some(input) => Some((input, arguments.read("rows")?)),
+        };
+        let (mut slots, mut missed) = (vec![], vec![]);
+        for token in 0..tokens {
+            let mut chosen: Vec<usize> = (token * top_k..(token + 1) * top_k).collect();
+            match order {
+                CombineOrder::Slot => {}
+                CombineOrder::Expert => chosen.sort_by_key(|&slot| ids[slot]),
+            }
+            let in_range = |id: i32| usize::try_from(id).is_ok_and(|id| id < selectable);
+            missed.push(chosen.iter().any(|&slot| ids[slot] != -1 && !in_range(ids[slot])));
+            let weight = |slot: usize| weights.map_or(1.0, |weights| weights[slot]);
+            let contributes = |slot: usize| match (usize::try_from(ids[slot]), rows) {
+                (Ok(id), _) if id < num_experts => {
+                    Some(SlotRow { weight: if weighted { weight(slot) } else { 1.0 }, from: SlotFrom::Expert(slot) })
+                }
+                (Ok(_), Some((input, words))) => {
+                    Some(SlotRow { weight: weight(slot), from: SlotFrom::Identity(input, words) })
+                }
+                (Ok(_), None) | (Err(_), _) => None,
+            };
+            slots.push(chosen.into_iter().filter_map(contributes).collect());
+        }
+        Ok(Some(Self { slots, missed }))
     }
 }
 

@@ -1,16 +1,19 @@
-//! `grouped_gemm`: rows times the matrices of their groups, activation in the epilogue.
+//! `grouped_gemm`: rows times the matrices of their groups, and what an epilogue makes of the sums.
 //!
-//! `out[r, f] = activate(W[group(r)] rows[r / input_divisor] + bias)`, f32 [rows, features].
-//! A row is token * `top_k` + slot for routed experts, a token for the router and the shared expert.
+//! `out[r, f] = epilogue(W[group(r)] rows[r / input_divisor] + bias)`, f32 [rows, features].
+//! A row is token * `top_k` + slot for routed experts, else token * groups + group.
 //! Tolerance against the twin: the order of an f32 sum and the device's `exp` are free (Bounded).
 
 use rayon::prelude::*;
 
 use super::pack::{PackedMatrix, SPAN_WORDS};
-use super::{Access, Arguments, Fragment, PARAMS, Source, Value, input_fragments, read, shader, write};
+use super::{
+    Access, Arguments, Fragment, PARAMS, Source, Value, decode_value, input_fragments, read, round_fragments, shader,
+    unique, write,
+};
 use crate::error::Result;
 use crate::numerics;
-use crate::spec::{Activation, FloatType, WeightFormat};
+use crate::spec::{Activation, ActivationRounding, FloatType, Rounding, WeightFormat};
 
 /// Rows of a tile of the tiled kernel.
 pub const TILE_ROWS: usize = 64;
@@ -22,8 +25,11 @@ const STAGE_QUADS: u32 = 512;
 /// Which matrix a row meets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowSource {
-    /// There is one matrix; a row is a token.
-    Direct,
+    /// That of its group: a row is token * `groups` + group.
+    Direct {
+        /// Matrices; 1 but for several shared experts.
+        groups: usize,
+    },
     /// `expert_slots[topk_ids[row]]`; a row is token * `top_k` + slot.
     Routed {
         /// k.
@@ -58,8 +64,10 @@ pub struct GroupedGemm {
     pub variant: GemmVariant,
     /// Type of the rows that enter.
     pub input: FloatType,
-    /// Rows that share an entering row: k for the routed gate and up, else 1.
+    /// Rows that share an entering row: the rows of a token for gate and up, else 1.
     pub input_divisor: usize,
+    /// Whether routing weights multiply the entering rows, and how the product is rounded.
+    pub weigh_input: Option<Rounding>,
     /// Packed rows of a group.
     pub matrix_rows: usize,
     /// Columns.
@@ -70,8 +78,32 @@ pub struct GroupedGemm {
     pub pair: usize,
     /// Whether each matrix row has a bias.
     pub bias: bool,
-    /// What the epilogue does; `None` stores the sums.
-    pub activation: Option<Activation>,
+    /// What becomes of the sums.
+    pub epilogue: Epilogue,
+    /// T, where anything is rounded.
+    pub model: FloatType,
+}
+
+/// What a GEMM does with its sums, bias included.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Epilogue {
+    /// Stores them.
+    Sums,
+    /// `+ previous_router_states * router_states_scale`.
+    AddState,
+    /// The erf GELU of each.
+    GeluErf,
+    /// Gate and up to what the second GEMM reads.
+    Activation {
+        /// Which.
+        activation: Activation,
+        /// Rounding of gate and up.
+        gate_up: Rounding,
+        /// Roundings behind that.
+        rounding: ActivationRounding,
+        /// Whether routing weights multiply the result.
+        weighted: bool,
+    },
 }
 
 impl GroupedGemm {
@@ -82,7 +114,7 @@ impl GroupedGemm {
 
     fn rows_per_token(&self) -> usize {
         match self.rows {
-            RowSource::Direct => 1,
+            RowSource::Direct { groups } => groups,
             RowSource::Routed { top_k, num_experts: _ } => top_k,
         }
     }
@@ -119,9 +151,8 @@ impl GroupedGemm {
         ];
         let mut fragments = vec![shader!("fragments/params.wgsl"), shader!("fragments/span.wgsl")];
         fragments.extend(input_fragments(self.input));
-        let decode_f16 = shader!("fragments/decode_f16.wgsl");
-        if self.format == WeightFormat::F16 && !fragments.contains(&decode_f16) {
-            fragments.push(decode_f16);
+        if self.format == WeightFormat::F16 {
+            fragments.push(shader!("fragments/decode_f16.wgsl"));
         }
         fragments.push(match self.format {
             WeightFormat::F32 => shader!("fragments/weight_f32.wgsl"),
@@ -143,7 +174,47 @@ impl GroupedGemm {
         } else {
             shader!("fragments/bias_none.wgsl")
         });
-        fragments.extend(activation_fragments(self.activation, &mut constants));
+        fragments.extend(round_fragments(self.model));
+        let mut weighted = false;
+        fragments.push(match self.weigh_input {
+            None => shader!("fragments/input_unweighted.wgsl"),
+            Some(rounding) => {
+                weighted = true;
+                constants.push(("ROUND_INPUT", Value::Bool(rounding == Rounding::Model)));
+                shader!("fragments/input_weighted.wgsl")
+            }
+        });
+        match self.epilogue {
+            Epilogue::Sums => fragments.push(shader!("fragments/epilogue_sums.wgsl")),
+            Epilogue::AddState => {
+                bindings.push(read("previous_router_states", "array<f32>"));
+                bindings.push(read("router_states_scale", "array<f32>"));
+                fragments.push(shader!("fragments/epilogue_add_state.wgsl"));
+            }
+            Epilogue::GeluErf => {
+                fragments.extend([shader!("fragments/gelu_erf.wgsl"), shader!("fragments/epilogue_gelu.wgsl")]);
+            }
+            Epilogue::Activation { activation, gate_up, rounding, weighted: weighs } => {
+                let (parts, hidden) = match rounding {
+                    ActivationRounding::F32 => (false, false),
+                    ActivationRounding::Fused => (false, true),
+                    ActivationRounding::Torch => (true, true),
+                };
+                constants.push(("ROUND_GATE_UP", Value::Bool(gate_up == Rounding::Model)));
+                constants.push(("ROUND_PARTS", Value::Bool(parts)));
+                constants.push(("ROUND_HIDDEN", Value::Bool(hidden)));
+                fragments.extend(activation_fragments(activation, &mut constants));
+                weighted = weighted || weighs;
+                fragments.push(match weighs {
+                    true => shader!("fragments/hidden_weighted.wgsl"),
+                    false => shader!("fragments/hidden_unweighted.wgsl"),
+                });
+                fragments.push(shader!("fragments/epilogue_activation.wgsl"));
+            }
+        }
+        if weighted {
+            bindings.push(read("topk_weights", "array<f32>"));
+        }
         let expert_slots = read("expert_slots", "array<i32>");
         match (self.variant, self.rows) {
             (GemmVariant::Gemv { workgroup_size, lanes, tile_rows }, rows) => {
@@ -153,7 +224,10 @@ impl GroupedGemm {
                 constants.push(("TILE_ROWS", Value::U32(tile_rows)));
                 constants.push(("STAGE_QUADS", Value::U32(STAGE_QUADS)));
                 match rows {
-                    RowSource::Direct => fragments.push(shader!("fragments/group_single.wgsl")),
+                    RowSource::Direct { groups } => {
+                        constants.push(("GROUPS", Value::U32(groups as u32)));
+                        fragments.push(shader!("fragments/group_single.wgsl"));
+                    }
                     RowSource::Routed { top_k: _, num_experts } => {
                         constants.push(("NUM_EXPERTS", Value::U32(num_experts as u32)));
                         bindings.extend([read("topk_ids", "array<i32>"), expert_slots]);
@@ -165,8 +239,8 @@ impl GroupedGemm {
             (GemmVariant::Tiled, rows) => {
                 constants.push(("TILE_M", Value::U32(TILE_ROWS as u32)));
                 match rows {
-                    RowSource::Direct => {
-                        constants.push(("ROWS_PER_TOKEN", Value::U32(1)));
+                    RowSource::Direct { groups } => {
+                        constants.push(("GROUPS", Value::U32(groups as u32)));
                         fragments.push(shader!("fragments/tiles_direct.wgsl"));
                     }
                     RowSource::Routed { top_k: _, num_experts: _ } => {
@@ -176,19 +250,15 @@ impl GroupedGemm {
                             expert_slots,
                         ]);
                         fragments.push(shader!("fragments/tiles_permuted.wgsl"));
+                        // The list of tiles says how many rows there are.
+                        bindings.retain(|binding| binding.access != Access::Uniform);
+                        fragments.retain(|fragment| fragment.path != "fragments/params.wgsl");
                     }
                 }
                 fragments.push(shader!("grouped_gemm/tiled.wgsl"));
             }
         }
-        if matches!(self.variant, GemmVariant::Tiled)
-            && matches!(self.rows, RowSource::Routed { top_k: _, num_experts: _ })
-        {
-            // The list of tiles says how many rows there are.
-            bindings.retain(|binding| binding.access != Access::Uniform);
-            fragments.retain(|fragment| fragment.path != "fragments/params.wgsl");
-        }
-        Source { constants, bindings, fragments }
+        Source { constants, bindings, fragments: unique(fragments) }
     }
 
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
@@ -198,10 +268,8 @@ impl GroupedGemm {
         let slots: Vec<i32> = match (self.variant, self.rows) {
             (
                 GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } | GemmVariant::Tiled,
-                RowSource::Direct,
-            ) => {
-                vec![0; arguments.tokens()?]
-            }
+                RowSource::Direct { groups },
+            ) => (0..arguments.tokens()? * groups).map(|row| (row % groups) as i32).collect(),
             (
                 GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ },
                 RowSource::Routed { top_k, num_experts: _ },
@@ -236,9 +304,29 @@ impl GroupedGemm {
         }
         let padded = layout.vecs_per_row() * layout.codes_per_vec();
         // Buffers may be longer than this call's rows: what lies behind them is not read.
-        let x_rows = rows_of.iter().flatten().map(|row| row / self.input_divisor + 1).max().unwrap_or(0);
+        let last = rows_of.iter().flatten().max().map_or(0, |row| row + 1);
+        // An entering row for all its rows, or weighted for each.
+        let (divisor, weights) = match self.weigh_input {
+            None => (self.input_divisor, None),
+            Some(_) => (1, Some(arguments.read_f32("topk_weights")?)),
+        };
+        let entering = |index: usize| {
+            let mut values = decode_row(rows, self.input, index * divisor / self.input_divisor, self.cols, padded);
+            if let (Some(rounding), Some(weights)) = (self.weigh_input, weights) {
+                for value in &mut values {
+                    *value = self.round(rounding, *value * weights[index]);
+                }
+            }
+            values
+        };
+        let used: Vec<bool> = {
+            let mut used = vec![false; last.div_ceil(divisor)];
+            rows_of.iter().flatten().for_each(|row| used[row / divisor] = true);
+            used
+        };
         let x: Vec<Vec<f32>> =
-            (0..x_rows).into_par_iter().map(|row| decode_row(rows, self.input, row, self.cols, padded)).collect();
+            used.par_iter().enumerate().map(|(row, used)| if *used { entering(row) } else { vec![] }).collect();
+        let epilogue = EpilogueInputs::read(self.epilogue, arguments)?;
         // One task per group and stretch of features: a weight is decoded once for all rows of its group,
         // and a single token still uses every thread.
         const STRETCH: usize = 32;
@@ -263,15 +351,12 @@ impl GroupedGemm {
                         let bias = if self.bias { segment[(span[4] + packed as u32 - span[0]) as usize] } else { 0 };
                         layout.decode(segment, span, packed, &mut weights);
                         for (sums, &row) in sums.iter_mut().zip(rows) {
-                            let x = &x[row / self.input_divisor];
+                            let x = &x[row / divisor];
                             sums[part] = layout.dot(segment, span, packed, &weights, x) + f32::from_bits(bias);
                         }
                     }
                     for (at, sums) in sums.iter().enumerate() {
-                        values[at * (end - first) + feature - first] = match self.activation {
-                            None => sums[0],
-                            Some(activation) => numerics::activate(activation, sums[0], sums[self.pair - 1]),
-                        };
+                        values[at * (end - first) + feature - first] = self.finish(&epilogue, rows[at], feature, *sums);
                     }
                 }
                 values
@@ -286,17 +371,67 @@ impl GroupedGemm {
     }
 }
 
+/// What an epilogue reads beside the sums.
+struct EpilogueInputs<'a> {
+    weights: Option<&'a [f32]>,
+    states: Option<(&'a [f32], &'a [f32])>,
+}
+
+impl<'a> EpilogueInputs<'a> {
+    fn read(epilogue: Epilogue, arguments: &Arguments<'a>) -> Result<Self> {
+        let mut inputs = Self { weights: None, states: None };
+        match epilogue {
+            Epilogue::Sums | Epilogue::GeluErf => {}
+            Epilogue::AddState => {
+                let states = arguments.read_f32("previous_router_states")?;
+                inputs.states = Some((states, arguments.read_f32("router_states_scale")?));
+            }
+            Epilogue::Activation { activation: _, gate_up: _, rounding: _, weighted: false } => {}
+            Epilogue::Activation { activation: _, gate_up: _, rounding: _, weighted: true } => {
+                inputs.weights = Some(arguments.read_f32("topk_weights")?);
+            }
+        }
+        Ok(inputs)
+    }
+}
+
+impl GroupedGemm {
+    fn round(&self, rounding: Rounding, value: f32) -> f32 {
+        match rounding {
+            Rounding::F32 => value,
+            Rounding::Model => numerics::round_to(self.model, value),
+        }
+    }
+
+    /// Twin: shaders/fragments/epilogue_*.wgsl
+    fn finish(&self, inputs: &EpilogueInputs<'_>, row: usize, feature: usize, sums: [f32; 2]) -> f32 {
+        let first = sums[0];
+        match self.epilogue {
+            Epilogue::Sums => first,
+            Epilogue::AddState => inputs
+                .states
+                .map_or(f32::NAN, |(states, scale)| first + states[row * self.features() + feature] * scale[feature]),
+            Epilogue::GeluErf => numerics::gelu_erf(first),
+            Epilogue::Activation { activation, gate_up, rounding, weighted: _ } => {
+                let [gate, up] = [first, sums[self.pair - 1]].map(|value| self.round(gate_up, value));
+                let [gate, up] = numerics::activate_parts(activation, gate, up);
+                let model = |value| numerics::round_to(self.model, value);
+                let weigh = |value: f32| inputs.weights.map_or(value, |weights| value * weights[row]);
+                match rounding {
+                    ActivationRounding::F32 => weigh(gate * up),
+                    ActivationRounding::Fused => model(weigh(gate * up)),
+                    ActivationRounding::Torch => model(weigh(model(model(gate) * model(up)))),
+                }
+            }
+        }
+    }
+}
+
 /// One entering row as f32, padded with zeros to `padded` columns.
 fn decode_row(words: &[u32], float_type: FloatType, row: usize, cols: usize, padded: usize) -> Vec<f32> {
     let mut values = vec![0.0; padded];
     for (col, value) in values.iter_mut().enumerate().take(cols) {
-        let index = row * cols + col;
-        let half = |word: u32| (word >> (16 * (index % 2))) as u16;
-        *value = match float_type {
-            FloatType::F32 => f32::from_bits(words[index]),
-            FloatType::F16 => numerics::decode_f16(half(words[index / 2])),
-            FloatType::Bf16 => numerics::decode_bf16(half(words[index / 2])),
-        };
+        *value = decode_value(words, float_type, row * cols + col);
     }
     values
 }
@@ -352,33 +487,40 @@ fn lane_dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
-fn activation_fragments(activation: Option<Activation>, constants: &mut Vec<(&'static str, Value)>) -> Vec<Fragment> {
+fn activation_fragments(activation: Activation, constants: &mut Vec<(&'static str, Value)>) -> Vec<Fragment> {
     let silu = shader!("fragments/silu.wgsl");
-    let limit_name = "SWIGLU_LIMIT";
-    match activation {
-        None => vec![shader!("fragments/activate_none.wgsl")],
-        Some(Activation::Swiglu { limit: None }) => vec![silu, shader!("fragments/activate_swiglu.wgsl")],
-        Some(Activation::Swiglu { limit: Some(limit) }) => {
-            constants.push((limit_name, Value::F32(limit)));
-            vec![silu, shader!("fragments/activate_swiglu_clamped.wgsl")]
+    let keep_nan = shader!("fragments/keep_nan.wgsl");
+    let mut limited = |limit: f32| {
+        constants.push(("SWIGLU_LIMIT", Value::F32(limit)));
+        [keep_nan, shader!("fragments/clamp.wgsl"), silu]
+    };
+    let (mut fragments, last) = match activation {
+        Activation::Swiglu { limit: None } => (vec![silu], shader!("fragments/activate_swiglu.wgsl")),
+        Activation::Swiglu { limit: Some(limit) } => {
+            (limited(limit).to_vec(), shader!("fragments/activate_swiglu_clamped.wgsl"))
         }
-        Some(Activation::SwigluClampAfter { limit }) => {
-            constants.push((limit_name, Value::F32(limit)));
-            vec![silu, shader!("fragments/activate_swiglu_clamped_after.wgsl")]
+        Activation::SwigluClampAfter { limit } => {
+            (limited(limit).to_vec(), shader!("fragments/activate_swiglu_clamped_after.wgsl"))
         }
-        Some(Activation::SwigluOai { alpha, limit, beta }) => {
+        Activation::SwigluOai { alpha, limit, beta } => {
+            let (fragments, last) = match limit {
+                None => (vec![silu], shader!("fragments/activate_swiglu_oai.wgsl")),
+                Some(limit) => (limited(limit).to_vec(), shader!("fragments/activate_swiglu_oai_clamped.wgsl")),
+            };
             constants.push(("SWIGLU_ALPHA", Value::F32(alpha)));
             constants.push(("SWIGLU_BETA", Value::F32(beta)));
-            match limit {
-                None => vec![silu, shader!("fragments/activate_swiglu_oai.wgsl")],
-                Some(limit) => {
-                    constants.push((limit_name, Value::F32(limit)));
-                    vec![silu, shader!("fragments/activate_swiglu_oai_clamped.wgsl")]
-                }
-            }
+            (fragments, last)
         }
-        Some(Activation::Relu2) => vec![shader!("fragments/activate_relu2.wgsl")],
-        // `lower` refuses these by name before a kernel is made.
-        Some(Activation::Situ { beta: _, linear_beta: _ } | Activation::GeluTanh | Activation::GeluErf) => Vec::new(),
-    }
+        Activation::Situ { beta, linear_beta } => {
+            constants.push(("SITU_BETA", Value::F32(beta)));
+            constants.push(("SITU_LINEAR_BETA", Value::F32(linear_beta)));
+            let needs = vec![keep_nan, shader!("fragments/sigmoid.wgsl"), shader!("fragments/tanh.wgsl")];
+            (needs, shader!("fragments/activate_situ.wgsl"))
+        }
+        Activation::GeluTanh => (vec![silu], shader!("fragments/activate_gelu_tanh.wgsl")),
+        Activation::GeluErf => (vec![shader!("fragments/gelu_erf.wgsl")], shader!("fragments/activate_gelu_erf.wgsl")),
+        Activation::Relu2 => (vec![keep_nan], shader!("fragments/activate_relu2.wgsl")),
+    };
+    fragments.push(last);
+    fragments
 }

@@ -5,6 +5,7 @@
 
 pub mod combine;
 pub mod grouped_gemm;
+pub mod norm;
 pub mod pack;
 pub mod permute;
 pub mod topk_routing;
@@ -12,10 +13,12 @@ pub mod topk_routing;
 use std::fmt::Write as _;
 
 use crate::error::{Error, Result};
+use crate::numerics;
 use crate::spec::FloatType;
 
 pub use combine::Combine;
-pub use grouped_gemm::{GemmVariant, GroupedGemm, RowSource};
+pub use grouped_gemm::{Epilogue, GemmVariant, GroupedGemm, RowSource};
+pub use norm::{Norm, NormScale};
 pub use permute::Permute;
 pub use topk_routing::TopkRouting;
 
@@ -24,6 +27,8 @@ pub use topk_routing::TopkRouting;
 pub enum Stage {
     /// Rows times the matrices of their groups; also the router's and the shared expert's GEMMs.
     GroupedGemm,
+    /// RMS norm of rows.
+    Norm,
     /// Logits to ids and weights.
     TopkRouting,
     /// Rows in order of expert.
@@ -37,6 +42,7 @@ impl Stage {
     pub fn name(self) -> &'static str {
         match self {
             Self::GroupedGemm => "grouped_gemm",
+            Self::Norm => "norm",
             Self::TopkRouting => "topk_routing",
             Self::Permute => "permute",
             Self::Combine => "combine",
@@ -49,6 +55,8 @@ impl Stage {
 pub enum Operation {
     /// See [`GroupedGemm`].
     GroupedGemm(GroupedGemm),
+    /// See [`Norm`].
+    Norm(Norm),
     /// See [`TopkRouting`].
     TopkRouting(TopkRouting),
     /// See [`Permute`].
@@ -62,6 +70,7 @@ impl Operation {
     pub fn stage(&self) -> Stage {
         match self {
             Self::GroupedGemm(_) => Stage::GroupedGemm,
+            Self::Norm(_) => Stage::Norm,
             Self::TopkRouting(_) => Stage::TopkRouting,
             Self::Permute(_) => Stage::Permute,
             Self::Combine(_) => Stage::Combine,
@@ -72,6 +81,7 @@ impl Operation {
     pub fn source(&self) -> Source {
         match self {
             Self::GroupedGemm(kernel) => kernel.source(),
+            Self::Norm(kernel) => kernel.source(),
             Self::TopkRouting(kernel) => kernel.source(),
             Self::Permute(kernel) => kernel.source(),
             Self::Combine(kernel) => kernel.source(),
@@ -84,7 +94,7 @@ impl Operation {
             Self::TopkRouting(kernel) => kernel.workgroup_bytes(),
             Self::Permute(kernel) => kernel.workgroup_bytes(),
             // Fixed, 12 KiB at most; the contracts test measures them.
-            Self::GroupedGemm(_) | Self::Combine(_) => 0,
+            Self::GroupedGemm(_) | Self::Norm(_) | Self::Combine(_) => 0,
         }
     }
 
@@ -95,6 +105,7 @@ impl Operation {
     pub fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
         match self {
             Self::GroupedGemm(kernel) => kernel.run(arguments),
+            Self::Norm(kernel) => kernel.run(arguments),
             Self::TopkRouting(kernel) => kernel.run(arguments),
             Self::Permute(kernel) => kernel.run(arguments),
             Self::Combine(kernel) => kernel.run(arguments),
@@ -211,6 +222,40 @@ fn input_fragments(float_type: FloatType) -> Vec<Fragment> {
         FloatType::F32 => vec![shader!("fragments/input_f32.wgsl")],
         FloatType::F16 => vec![shader!("fragments/decode_f16.wgsl"), shader!("fragments/input_f16.wgsl")],
         FloatType::Bf16 => vec![shader!("fragments/input_bf16.wgsl")],
+    }
+}
+
+/// The fragment `round_model`, with what it needs.
+fn round_fragments(model: FloatType) -> Vec<Fragment> {
+    match model {
+        FloatType::F32 => vec![shader!("fragments/round_f32.wgsl")],
+        FloatType::F16 => vec![
+            shader!("fragments/decode_f16.wgsl"),
+            shader!("fragments/encode_f16.wgsl"),
+            shader!("fragments/round_f16.wgsl"),
+        ],
+        FloatType::Bf16 => vec![shader!("fragments/encode_bf16.wgsl"), shader!("fragments/round_bf16.wgsl")],
+    }
+}
+
+/// Each fragment once, where it is first needed.
+fn unique(fragments: Vec<Fragment>) -> Vec<Fragment> {
+    let mut once: Vec<Fragment> = Vec::with_capacity(fragments.len());
+    for fragment in fragments {
+        if !once.contains(&fragment) {
+            once.push(fragment);
+        }
+    }
+    once
+}
+
+/// Value `index` of rows of `float_type`. Twin: shaders/fragments/input_*.wgsl
+fn decode_value(words: &[u32], float_type: FloatType, index: usize) -> f32 {
+    let half = |word: u32| (word >> (16 * (index % 2))) as u16;
+    match float_type {
+        FloatType::F32 => f32::from_bits(words[index]),
+        FloatType::F16 => numerics::decode_f16(half(words[index / 2])),
+        FloatType::Bf16 => numerics::decode_bf16(half(words[index / 2])),
     }
 }
 

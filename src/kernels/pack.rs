@@ -203,17 +203,17 @@ impl PackedMatrix {
     /// Writes `segment` in pieces of some megabytes: `write(first word, words)`.
     ///
     /// # Errors
-    /// Whatever `write` returns.
+    /// Whatever `source` or `write` returns.
     pub fn pack<'a>(
         &self,
         segment: usize,
-        source: &dyn Fn(usize) -> Option<GroupSource<'a>>,
+        source: &dyn Fn(usize) -> Result<GroupSource<'a>>,
         write: &mut dyn FnMut(usize, &[u32]) -> Result<()>,
     ) -> Result<()> {
         const PIECE_WORDS: usize = 1 << 20;
         let row_words = self.vecs_per_row() * VEC_WORDS;
         for span in self.segments.get(segment).map_or(&[][..], |segment| &segment.spans) {
-            let Some(source) = source(span.group) else { continue };
+            let source = source(span.group)?;
             let rows_per_piece = (PIECE_WORDS / row_words).max(1);
             for begin in (span.row_begin..span.row_end).step_by(rows_per_piece) {
                 let end = (begin + rows_per_piece).min(span.row_end);
@@ -332,7 +332,7 @@ mod tests {
             for (at, segment) in placed.segments.iter().enumerate() {
                 let mut memory = vec![0u32; segment.words];
                 let source = |_| {
-                    Some(GroupSource {
+                    Ok(GroupSource {
                         matrices: views.iter().collect(),
                         biases: biases.iter().map(Vec::as_slice).collect(),
                     })

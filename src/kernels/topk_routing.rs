@@ -4,26 +4,43 @@
 //! `exp` differs in its last bits: then keys closer than that may change places, and weights are Bounded.
 //! A token id outside of the hash table gives ids -2 and NaN weights; `combine` makes its row NaN.
 
-use super::{Arguments, PARAMS, Source, Value, read, shader, write};
+use super::{Arguments, PARAMS, Source, Value, read, round_fragments, shader, unique, write};
 use crate::error::Result;
 use crate::numerics::{self, order_key};
-use crate::spec::{ChosenScore, Denominator, GroupScore, Groups, NanPolicy, RoutingMethod, Score, SelectionKey};
+use crate::spec::{
+    ChosenScore, Denominator, FloatType, GroupScore, Groups, LogitTransform, NanPolicy, RoutingMethod, Score,
+    SelectionKey,
+};
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TopkRouting {
+    /// E.
+    pub num_experts: usize,
+    /// E plus zero experts.
+    pub selectable: usize,
     /// Width of the logits.
     pub router_outputs: usize,
     /// k.
     pub top_k: usize,
-    /// Score and selection; one that `lower` accepts.
+    /// Rounding of the logits, before the transform.
+    pub logits: FloatType,
+    /// What is done to the logits.
+    pub transform: LogitTransform,
+    /// Score and selection.
     pub method: RoutingMethod,
-    /// Renormalisation; not the p-norm.
+    /// Renormalisation.
     pub renormalize: Option<Denominator>,
+    /// Whether there are factors for the experts.
+    pub per_expert_scale: bool,
     /// rho if it acts in the weights, else 1.
     pub weight_scale: f32,
+    /// Whether zero experts return nothing: their weight is 0.
+    pub zero_experts_skip: bool,
     /// What a score that is not finite does.
     pub nan_policy: NanPolicy,
+    /// Rounding of the weights, at the end.
+    pub weights: FloatType,
 }
 
 /// The method taken apart as the kernel's slots have it.
@@ -31,20 +48,38 @@ struct Parts {
     score: Score,
     key: SelectionKey,
     groups: Option<Groups>,
-    chosen: Option<ChosenScore>,
+    weigh: Weigh,
     vocab_size: Option<usize>,
+}
+
+/// From the scores of the chosen to weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Weigh {
+    /// As they are.
+    Scores,
+    /// The scores are logits.
+    Chosen(ChosenScore),
+    /// Likewise, with the relative width of "near".
+    Sparsemixer(f32),
+    /// With the shared logits; whether there is a factor on all.
+    Joint { num_shared: usize, global_scale: bool },
 }
 
 impl TopkRouting {
     fn parts(&self) -> Parts {
-        let plain = |score| Parts { score, key: SelectionKey::Score, groups: None, chosen: None, vocab_size: None };
+        let plain =
+            |score| Parts { score, key: SelectionKey::Score, groups: None, weigh: Weigh::Scores, vocab_size: None };
         match self.method {
             RoutingMethod::TopK { score, key, groups } => Parts { key, groups, ..plain(score) },
-            RoutingMethod::TopKThenScore { score } => Parts { chosen: Some(score), ..plain(Score::Identity) },
+            RoutingMethod::TopKThenScore { score } => Parts { weigh: Weigh::Chosen(score), ..plain(Score::Identity) },
             RoutingMethod::Hash { score, vocab_size } => Parts { vocab_size: Some(vocab_size), ..plain(score) },
-            // `lower` refuses these by name before a kernel is made.
-            RoutingMethod::JointNorm { num_shared: _, global_scale: _ }
-            | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => plain(Score::Identity),
+            RoutingMethod::JointNorm { num_shared, global_scale } => {
+                let weigh = Weigh::Joint { num_shared, global_scale };
+                Parts { key: SelectionKey::ScorePlusBias, weigh, ..plain(Score::Sigmoid) }
+            }
+            RoutingMethod::Sparsemixer { router_jitter_noise } => {
+                Parts { weigh: Weigh::Sparsemixer(router_jitter_noise), ..plain(Score::Identity) }
+            }
         }
     }
 
@@ -55,11 +90,18 @@ impl TopkRouting {
     }
 
     pub(super) fn source(&self) -> Source {
-        let Parts { score, key, groups, chosen, vocab_size } = self.parts();
+        let Parts { score, key, groups, weigh, vocab_size } = self.parts();
+        // One of the two types is T or both are f32: the spec has one T.
+        let model = if self.logits == FloatType::F32 { self.weights } else { self.logits };
         let mut constants = vec![
             ("ROUTER_OUTPUTS", Value::U32(self.router_outputs as u32)),
+            ("SELECTABLE", Value::U32(self.selectable as u32)),
+            ("NUM_EXPERTS", Value::U32(self.num_experts as u32)),
             ("TOP_K", Value::U32(self.top_k as u32)),
+            ("ROUND_LOGITS", Value::Bool(self.logits != FloatType::F32)),
+            ("ROUND_WEIGHTS", Value::Bool(self.weights != FloatType::F32)),
             ("ROUTED_SCALING_FACTOR", Value::F32(self.weight_scale)),
+            ("ZERO_EXPERTS_SKIP", Value::Bool(self.zero_experts_skip)),
             ("NAN_PROPAGATES", Value::Bool(self.nan_policy == NanPolicy::Propagate)),
         ];
         let mut bindings = vec![
@@ -69,19 +111,40 @@ impl TopkRouting {
             write("topk_weights", "array<u32>"),
         ];
         let mut fragments = vec![shader!("fragments/params.wgsl"), shader!("fragments/order_key.wgsl")];
-        if score == Score::Sigmoid || chosen == Some(ChosenScore::Sigmoid) {
-            fragments.push(shader!("fragments/sigmoid.wgsl"));
+        fragments.extend(round_fragments(model));
+        match self.transform {
+            LogitTransform::None => fragments.push(shader!("fragments/transform_none.wgsl")),
+            LogitTransform::SoftCap { cap } => {
+                constants.push(("LOGIT_CAP", Value::F32(cap)));
+                fragments.extend([
+                    shader!("fragments/keep_nan.wgsl"),
+                    shader!("fragments/tanh.wgsl"),
+                    shader!("fragments/transform_soft_cap.wgsl"),
+                ]);
+            }
+            LogitTransform::Multiply { factor } => {
+                constants.push(("LOGIT_FACTOR", Value::F32(factor)));
+                fragments.push(shader!("fragments/transform_multiply.wgsl"));
+            }
         }
-        fragments.push(match chosen {
-            Some(ChosenScore::Softmax) => shader!("fragments/score_chosen_softmax.wgsl"),
-            Some(ChosenScore::Sigmoid) => shader!("fragments/score_chosen_sigmoid.wgsl"),
-            None => match score {
-                Score::Softmax => shader!("fragments/score_softmax.wgsl"),
-                Score::Sigmoid => shader!("fragments/score_sigmoid.wgsl"),
-                Score::SqrtSoftplus => shader!("fragments/score_sqrt_softplus.wgsl"),
-                Score::Identity => shader!("fragments/score_identity.wgsl"),
+        fragments.push(shader!("fragments/logits.wgsl"));
+        let sigmoid = shader!("fragments/sigmoid.wgsl");
+        match weigh {
+            Weigh::Chosen(ChosenScore::Softmax) | Weigh::Sparsemixer(_) => {
+                fragments.push(shader!("fragments/score_chosen_softmax.wgsl"));
+            }
+            Weigh::Chosen(ChosenScore::Sigmoid) => {
+                fragments.push(shader!("fragments/score_chosen_sigmoid.wgsl"));
+            }
+            Weigh::Scores | Weigh::Joint { num_shared: _, global_scale: _ } => match score {
+                Score::Softmax => fragments.push(shader!("fragments/score_softmax.wgsl")),
+                Score::Sigmoid => fragments.extend([sigmoid, shader!("fragments/score_sigmoid.wgsl")]),
+                Score::SqrtSoftplus => {
+                    fragments.extend([shader!("fragments/log_1p.wgsl"), shader!("fragments/score_sqrt_softplus.wgsl")]);
+                }
+                Score::Identity => fragments.push(shader!("fragments/score_identity.wgsl")),
             },
-        });
+        }
         let selection_bias = read("selection_bias", "array<f32>");
         match key {
             SelectionKey::Score => fragments.push(shader!("fragments/key_score.wgsl")),
@@ -117,14 +180,34 @@ impl TopkRouting {
                 fragments.push(shader!("fragments/select_rank.wgsl"));
             }
         }
-        fragments.push(match chosen {
-            None => shader!("fragments/weigh_scores.wgsl"),
-            Some(ChosenScore::Softmax) => shader!("fragments/weigh_softmax.wgsl"),
-            Some(ChosenScore::Sigmoid) => shader!("fragments/weigh_sigmoid.wgsl"),
-        });
+        match weigh {
+            Weigh::Scores => fragments.push(shader!("fragments/weigh_scores.wgsl")),
+            Weigh::Chosen(ChosenScore::Softmax) => fragments.push(shader!("fragments/weigh_softmax.wgsl")),
+            Weigh::Chosen(ChosenScore::Sigmoid) => {
+                fragments.extend([sigmoid, shader!("fragments/weigh_sigmoid.wgsl")]);
+            }
+            Weigh::Sparsemixer(noise) => {
+                constants.push(("ROUTER_JITTER_NOISE", Value::F32(noise)));
+                fragments.push(shader!("fragments/weigh_sparsemixer.wgsl"));
+            }
+            Weigh::Joint { num_shared, global_scale } => {
+                constants.push(("NUM_SHARED", Value::U32(num_shared as u32)));
+                bindings.push(write("shared_weights", "array<u32>"));
+                fragments.push(match global_scale {
+                    true => {
+                        bindings.push(read("global_scales", "array<f32>"));
+                        shader!("fragments/global_scale_table.wgsl")
+                    }
+                    false => shader!("fragments/global_scale_none.wgsl"),
+                });
+                fragments.extend([shader!("fragments/log_1p.wgsl"), shader!("fragments/weigh_joint.wgsl")]);
+            }
+        }
         fragments.push(match self.renormalize {
-            // `lower` refuses the p-norm by name.
-            None | Some(Denominator::PNorm { p: _ }) => shader!("fragments/renormalize_none.wgsl"),
+            None => match weigh {
+                Weigh::Joint { num_shared: _, global_scale: _ } => shader!("fragments/renormalize_joint.wgsl"),
+                Weigh::Scores | Weigh::Chosen(_) | Weigh::Sparsemixer(_) => shader!("fragments/renormalize_none.wgsl"),
+            },
             Some(Denominator::Sum) => shader!("fragments/renormalize_sum.wgsl"),
             Some(Denominator::SumPlus { eps }) => {
                 constants.push(("RENORMALIZE_EPS", Value::F32(eps)));
@@ -135,9 +218,20 @@ impl TopkRouting {
                 shader!("fragments/renormalize_at_least.wgsl")
             }
             Some(Denominator::SumOrOne) => shader!("fragments/renormalize_sum_or_one.wgsl"),
+            Some(Denominator::PNorm { p }) => {
+                constants.push(("RENORMALIZE_P", Value::F32(p)));
+                shader!("fragments/renormalize_p_norm.wgsl")
+            }
+        });
+        fragments.push(match self.per_expert_scale {
+            true => {
+                bindings.push(read("per_expert_scale", "array<f32>"));
+                shader!("fragments/expert_scale_table.wgsl")
+            }
+            false => shader!("fragments/expert_scale_none.wgsl"),
         });
         fragments.push(shader!("topk_routing/select.wgsl"));
-        Source { constants, bindings, fragments }
+        Source { constants, bindings, fragments: unique(fragments) }
     }
 
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
@@ -152,19 +246,29 @@ impl TopkRouting {
             None => None,
             Some(_) => Some((arguments.read("token_ids")?, arguments.read_i32("tid2eid")?)),
         };
+        let expert_scale = if self.per_expert_scale { Some(arguments.read_f32("per_expert_scale")?) } else { None };
+        let (num_shared, global_scale) = match parts.weigh {
+            Weigh::Joint { num_shared, global_scale: true } => (num_shared, arguments.read_f32("global_scales")?[0]),
+            Weigh::Joint { num_shared, global_scale: false } => (num_shared, 1.0),
+            Weigh::Scores | Weigh::Chosen(_) | Weigh::Sparsemixer(_) => (0, 1.0),
+        };
+        let mut shares = if num_shared > 0 { Some(arguments.write("shared_weights")?) } else { None };
         let topk_ids = arguments.write("topk_ids")?;
         let topk_weights = arguments.write("topk_weights")?;
         for token in 0..tokens {
-            let logits = &logits[token * self.router_outputs..][..self.router_outputs];
+            let logits: Vec<f32> =
+                logits[token * self.router_outputs..][..self.router_outputs].iter().map(|l| self.logit(*l)).collect();
             let ids = &mut topk_ids[token * self.top_k..][..self.top_k];
             let weights = &mut topk_weights[token * self.top_k..][..self.top_k];
-            let scores = match parts.chosen {
-                None => score_row(parts.score, logits),
+            let legal_for_softmax =
+                || logits.iter().map(|&l| Some(l).filter(|l| !l.is_nan() && *l < f32::INFINITY)).collect();
+            let scores: Vec<Option<f32>> = match parts.weigh {
+                Weigh::Scores | Weigh::Joint { num_shared: _, global_scale: _ } => score_row(parts.score, &logits),
                 // The logits themselves are compared; whether their score will be finite decides.
-                Some(ChosenScore::Softmax) => {
-                    logits.iter().map(|&l| Some(l).filter(|l| !l.is_nan() && *l < f32::INFINITY)).collect()
+                Weigh::Chosen(ChosenScore::Softmax) | Weigh::Sparsemixer(_) => legal_for_softmax(),
+                Weigh::Chosen(ChosenScore::Sigmoid) => {
+                    logits.iter().map(|&l| Some(l).filter(|l| !l.is_nan())).collect()
                 }
-                Some(ChosenScore::Sigmoid) => logits.iter().map(|&l| Some(l).filter(|l| !l.is_nan())).collect(),
             };
             let key = |e: usize| {
                 let score = scores[e]?;
@@ -175,7 +279,7 @@ impl TopkRouting {
                 };
                 (!key.is_nan()).then_some(key)
             };
-            let keys: Vec<u32> = (0..logits.len()).map(|e| key(e).map_or(0, order_key)).collect();
+            let keys: Vec<u32> = (0..self.selectable).map(|e| key(e).map_or(0, order_key)).collect();
             let chosen: Vec<usize> = match hash {
                 None => select(&keys, &scores, parts.groups, self.top_k),
                 Some((token_ids, tid2eid)) => {
@@ -190,8 +294,30 @@ impl TopkRouting {
             };
             let values: Vec<Option<f32>> =
                 chosen.iter().map(|&e| if keys[e] == 0 { None } else { scores[e] }).collect();
-            let values = weigh(parts.chosen, &values);
-            for ((id, weight), (e, value)) in ids.iter_mut().zip(weights).zip(chosen.iter().zip(self.scaled(&values))) {
+            let (values, spoiled) = match parts.weigh {
+                Weigh::Scores => (values, false),
+                Weigh::Chosen(score) => (weigh_chosen(score, &values), false),
+                Weigh::Sparsemixer(noise) => (weigh_near(noise, &chosen, &scores), false),
+                Weigh::Joint { num_shared: _, global_scale: _ } => {
+                    let all: Vec<f32> =
+                        chosen.iter().map(|&e| logits[e]).chain(logits[self.selectable..].to_vec()).collect();
+                    let mut joint = weigh_joint(&all, global_scale);
+                    let of_shared = joint.split_off(self.top_k);
+                    let spoiled = of_shared.contains(&None);
+                    let any = spoiled || joint.contains(&None);
+                    if let Some(shares) = &mut shares {
+                        let shares = &mut shares[token * num_shared..][..num_shared];
+                        for (share, value) in shares.iter_mut().zip(&of_shared) {
+                            let value = value.unwrap_or(0.0) * self.weight_scale;
+                            let nan = any && self.nan_policy == NanPolicy::Propagate;
+                            *share = if nan { f32::NAN } else { numerics::round_to(self.weights, value) }.to_bits();
+                        }
+                    }
+                    (joint, spoiled)
+                }
+            };
+            let scaled = self.scaled(&chosen, &values, spoiled, expert_scale);
+            for ((id, weight), (e, value)) in ids.iter_mut().zip(weights).zip(chosen.iter().zip(scaled)) {
                 *id = *e as u32;
                 *weight = value.to_bits();
             }
@@ -199,18 +325,45 @@ impl TopkRouting {
         Ok(())
     }
 
-    /// Renormalised and scaled; `None` is a score that is not finite.
-    fn scaled(&self, values: &[Option<f32>]) -> Vec<f32> {
+    /// Twin: shaders/fragments/logits.wgsl and transform_*.wgsl
+    fn logit(&self, logit: f32) -> f32 {
+        let logit = numerics::round_to(self.logits, logit);
+        match self.transform {
+            LogitTransform::None => logit,
+            LogitTransform::SoftCap { cap } => cap * (logit / cap).tanh(),
+            LogitTransform::Multiply { factor } => logit * factor,
+        }
+    }
+
+    /// Renormalised, scaled and rounded; `None` is a score that is not finite, `spoiled` a shared one.
+    fn scaled(
+        &self,
+        chosen: &[usize],
+        values: &[Option<f32>],
+        spoiled: bool,
+        expert_scale: Option<&[f32]>,
+    ) -> Vec<f32> {
         let numbers: Vec<f32> = values.iter().map(|value| value.unwrap_or(0.0)).collect();
         let divisor = self.renormalize.map_or(1.0, |rule| numerics::denominator(rule, &numbers));
-        let spoiled = self.renormalize.is_some() && values.contains(&None);
-        let weight = |(value, number): (&Option<f32>, &f32)| {
-            if self.nan_policy == NanPolicy::Propagate && (value.is_none() || spoiled) {
+        let joint = match self.parts().weigh {
+            Weigh::Joint { num_shared: _, global_scale: _ } => true,
+            Weigh::Scores | Weigh::Chosen(_) | Weigh::Sparsemixer(_) => false,
+        };
+        let spoiled = (self.renormalize.is_some() || joint) && (spoiled || values.contains(&None));
+        let weight = |at: usize| {
+            let id = chosen[at];
+            if self.zero_experts_skip && id >= self.num_experts {
+                return 0.0;
+            }
+            if self.nan_policy == NanPolicy::Propagate && (values[at].is_none() || spoiled) {
                 return f32::NAN;
             }
-            (if divisor == 0.0 { 0.0 } else { number / divisor }) * self.weight_scale
+            // A zero expert has no scale of its own.
+            let scale = expert_scale.and_then(|scale| scale.get(id)).copied().unwrap_or(1.0);
+            let weight = (if divisor == 0.0 { 0.0 } else { numbers[at] / divisor }) * scale * self.weight_scale;
+            numerics::round_to(self.weights, weight)
         };
-        values.iter().zip(&numbers).map(weight).collect()
+        (0..chosen.len()).map(weight).collect()
     }
 }
 
@@ -289,17 +442,40 @@ fn from_order_key(key: u32) -> f32 {
     f32::from_bits(if key & 0x8000_0000 == 0 { !key } else { key ^ 0x8000_0000 })
 }
 
-/// Scores of the chosen. Twin: shaders/fragments/weigh_*.wgsl
-fn weigh(chosen: Option<ChosenScore>, values: &[Option<f32>]) -> Vec<Option<f32>> {
-    match chosen {
-        None => values.to_vec(),
-        Some(ChosenScore::Sigmoid) => values.iter().map(|value| value.map(numerics::sigmoid)).collect(),
-        Some(ChosenScore::Softmax) => {
-            let largest = values.iter().flatten().copied().fold(f32::MIN, f32::max);
-            let exps: Vec<Option<f32>> = values.iter().map(|value| value.map(|l| (l - largest).exp())).collect();
-            let sum: f32 = exps.iter().flatten().sum();
-            // Only -inf was chosen: no weight at all.
-            exps.iter().map(|e| e.map(|e| if sum == 0.0 { 0.0 } else { e / sum })).collect()
-        }
+/// Scores of the chosen logits. Twin: shaders/fragments/weigh_{softmax,sigmoid}.wgsl
+fn weigh_chosen(score: ChosenScore, values: &[Option<f32>]) -> Vec<Option<f32>> {
+    match score {
+        ChosenScore::Sigmoid => values.iter().map(|value| value.map(numerics::sigmoid)).collect(),
+        ChosenScore::Softmax => softmax(values),
     }
+}
+
+/// Softmax over those that are numbers; if only -inf is left, no weight at all.
+fn softmax(values: &[Option<f32>]) -> Vec<Option<f32>> {
+    let largest = values.iter().flatten().copied().fold(f32::MIN, f32::max);
+    let exps: Vec<Option<f32>> = values.iter().map(|value| value.map(|l| (l - largest).exp())).collect();
+    let sum: f32 = exps.iter().flatten().sum();
+    exps.iter().map(|e| e.map(|e| if sum == 0.0 { 0.0 } else { e / sum })).collect()
+}
+
+/// Twin: shaders/fragments/weigh_sparsemixer.wgsl
+fn weigh_near(noise: f32, chosen: &[usize], scores: &[Option<f32>]) -> Vec<Option<f32>> {
+    let weigh = |slot: usize| {
+        let largest = scores[chosen[slot]]?;
+        let near = |logit: f32| {
+            let width = logit.abs().max(largest);
+            logit.is_finite() && !(width > 0.0 && (largest - logit) / width > 2.0 * noise)
+        };
+        let others = scores.iter().enumerate().filter(|(e, _)| !chosen[..slot].contains(e));
+        let sum: f32 = others.filter_map(|(_, l)| *l).filter(|l| near(*l)).map(|l| (l - largest).exp()).sum();
+        Some(if sum == 0.0 || !largest.is_finite() { 0.0 } else { 1.0 / sum })
+    };
+    (0..chosen.len()).map(weigh).collect()
+}
+
+/// Shares of the chosen and the shared; `None` is NaN. Twin: shaders/fragments/weigh_joint.wgsl
+fn weigh_joint(logits: &[f32], global_scale: f32) -> Vec<Option<f32>> {
+    let logs: Vec<Option<f32>> =
+        logits.iter().map(|&l| Some(numerics::log_sigmoid(l)).filter(|log| !log.is_nan())).collect();
+    softmax(&logs).iter().map(|share| share.map(|share| share * global_scale)).collect()
 }

@@ -24,34 +24,37 @@ fn silu(gate: f32) -> f32 {
     gate / (1.0 + (-gate).exp())
 }
 
-/// The value that an expert's second GEMM reads. For an activation without gate, `gate` is the
-/// value of the first GEMM and `up` is ignored.
+/// The value that an expert's second GEMM reads: the product of [`activate_parts`]. For an activation
+/// without gate, `gate` and `up` are both the value of the first GEMM.
 pub fn activate(activation: Activation, gate: f32, up: f32) -> f32 {
+    let [gate, up] = activate_parts(activation, gate, up);
+    gate * up
+}
+
+/// The gate's factor and up's, which a rounding profile may round before their product.
+pub fn activate_parts(activation: Activation, gate: f32, up: f32) -> [f32; 2] {
     match activation {
-        Activation::Swiglu { limit } => silu(clamp_gate(gate, limit)) * clamp(up, limit),
-        Activation::SwigluClampAfter { limit } => at_most(silu(gate), limit) * clamp(up, Some(limit)),
+        Activation::Swiglu { limit } => [silu(clamp_gate(gate, limit)), clamp(up, limit)],
+        Activation::SwigluClampAfter { limit } => [at_most(silu(gate), limit), clamp(up, Some(limit))],
         Activation::SwigluOai { alpha, limit, beta } => {
             let gate = clamp_gate(gate, limit);
-            gate / (1.0 + (-alpha * gate).exp()) * (clamp(up, limit) + beta)
+            [gate / (1.0 + (-alpha * gate).exp()), clamp(up, limit) + beta]
         }
         Activation::Situ { beta, linear_beta } => {
             let sigmoid = 1.0 / (1.0 + (-gate).exp());
-            beta * (gate / beta).tanh() * sigmoid * (linear_beta * (up / linear_beta).tanh())
+            [beta * (gate / beta).tanh() * sigmoid, linear_beta * (up / linear_beta).tanh()]
         }
         Activation::GeluTanh => {
             const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-            0.5 * gate * (1.0 + (SQRT_2_OVER_PI * (gate + 0.044_715 * gate * gate * gate)).tanh()) * up
+            [0.5 * gate * (1.0 + (SQRT_2_OVER_PI * (gate + 0.044_715 * gate * gate * gate)).tanh()), up]
         }
-        Activation::GeluErf => gelu_erf(gate) * up,
-        Activation::Relu2 => {
-            let positive = at_least(gate, 0.0);
-            positive * positive
-        }
+        Activation::GeluErf => [gelu_erf(gate), up],
+        Activation::Relu2 => [at_least(gate, 0.0), at_least(up, 0.0)],
     }
 }
 
 /// `g Phi(g)` with Phi from the series of erf near 0 and its continued fraction beyond, in f64.
-fn gelu_erf(gate: f32) -> f32 {
+pub fn gelu_erf(gate: f32) -> f32 {
     let x = f64::from(gate);
     let z = x.abs() / std::f64::consts::SQRT_2;
     if z.is_nan() || z > 30.0 {

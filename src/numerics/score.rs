@@ -17,6 +17,11 @@ pub fn sqrt_softplus(logit: f32) -> f32 {
     softplus(logit).sqrt()
 }
 
+/// `log(sigmoid l)` without loss at either end.
+pub fn log_sigmoid(logit: f32) -> f32 {
+    (if logit < 0.0 { logit } else { 0.0 }) - (-logit.abs()).exp().ln_1p()
+}
+
 /// D of `w /= D(sum w)`; `weights` are only read by the p-norm. 0 means "all weights become 0".
 pub fn denominator(rule: Denominator, weights: &[f32]) -> f32 {
     let sum = || weights.iter().sum::<f32>();
@@ -31,7 +36,7 @@ pub fn denominator(rule: Denominator, weights: &[f32]) -> f32 {
             let sum = sum();
             if sum > 0.0 { sum } else { 1.0 }
         }
-        Denominator::PNorm { p } => weights.iter().map(|w| w.powf(p)).sum::<f32>().powf(1.0 / p),
+        Denominator::PNorm { p } => weights.iter().map(|w| w.abs().powf(p)).sum::<f32>().powf(1.0 / p),
     }
 }
 

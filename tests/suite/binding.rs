@@ -21,7 +21,7 @@ fn refusals<B: Host + Clone>(backend: &B) {
     let buffer = |bytes: u64| backend.create_buffer("test", bytes, false).unwrap();
     let (x, y) = (buffer(8 * 80), buffer(8 * 160));
     fn io<'a, B: Backend>(hidden_states: &'a B::Buffer, output: Option<&'a B::Buffer>) -> Io<'a, B> {
-        Io { hidden_states, token_ids: None, output, topk_ids: None, topk_weights: None }
+        Io { output, ..Io::of(hidden_states) }
     }
     let alias = message(plan.bind(&io(&y, Some(&y)), &scratch));
     assert!(alias.contains("output") && alias.contains("also hidden_states"), "{alias}");
@@ -60,8 +60,7 @@ fn seam<B: Host + Clone>(backend: &B) {
     let y = backend.create_buffer("y", 4 * 40 * tokens as u64, false).unwrap();
     let ids = backend.create_buffer("ids", 4 * 3 * tokens as u64, false).unwrap();
     let weights = backend.create_buffer("weights", 4 * 3 * tokens as u64, false).unwrap();
-    let io =
-        Io { hidden_states: &x, token_ids: None, output: Some(&y), topk_ids: Some(&ids), topk_weights: Some(&weights) };
+    let io = Io { output: Some(&y), topk_ids: Some(&ids), topk_weights: Some(&weights), ..Io::of(&x) };
     let bound = plan.bind(&io, &scratch).unwrap();
     let mut encoder = backend.encoder();
     bound.record_routing(&mut encoder, &Tokens::Host(tokens)).unwrap();
@@ -124,7 +123,7 @@ fn layers_share_one_scratch() {
     // Both layers in one encoder.
     let mut encoder = backend.encoder();
     for (plan, output) in plans.iter().zip(&outputs) {
-        let io = Io { hidden_states: &x, token_ids: None, output: Some(output), topk_ids: None, topk_weights: None };
+        let io = Io { output: Some(output), ..Io::of(&x) };
         plan.bind(&io, &scratch).unwrap().record(&mut encoder, &Tokens::Host(9)).unwrap();
     }
     backend.submit(encoder).unwrap();
@@ -153,7 +152,7 @@ fn a_host_that_catches_errors_itself_sees_none_of_ours() {
     let plan = Plan::new(backend.clone(), &layer.spec, &layer.weights(), 8, &AUTO).unwrap();
     let scratch = Scratch::new(backend, &plan.scratch_layout()).unwrap();
     let y = backend.create_buffer("y", 8 * 160, false).unwrap();
-    let io = Io { hidden_states: &storage_less, token_ids: None, output: Some(&y), topk_ids: None, topk_weights: None };
+    let io = Io { output: Some(&y), ..Io::of(&storage_less) };
     let text = message(plan.bind(&io, &scratch));
     assert!(text.starts_with("wgpu: binding buffers"), "{text}");
 }
@@ -162,7 +161,7 @@ fn a_host_that_catches_errors_itself_sees_none_of_ours() {
 fn inputs_of_the_wrong_size_are_refused() {
     let layer = RandomLayer::new(deepseek_like(), 48);
     let session = layer.on_cpu(2, &AUTO, None);
-    let inputs = |hidden_states| Inputs { hidden_states, token_ids: None, logits: None };
+    let inputs = |hidden_states| Inputs::of(hidden_states);
     assert!(message(session.run(&inputs(&[0.0; 41]))).contains("whole rows of 40"));
     assert!(message(session.run(&inputs(&[0.0; 120]))).contains("at most 2 tokens"));
 }

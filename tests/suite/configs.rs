@@ -41,7 +41,7 @@ fn unknown_values_are_refused_by_name() {
         ("deepseek_v3", "scoring_func", json!("softmax")),
         ("deepseek_v3", "topk_method", json!("greedy")),
         ("qwen3_moe", "hidden_act", json!("relu")),
-        ("mixtral", "hidden_act", json!("gelu_new")),
+        ("mixtral", "hidden_act", json!("quick_gelu")),
         ("gpt_oss", "hidden_act", json!("swish")),
         ("deepseek_v4_topk", "hidden_act", json!("gelu")),
         ("deepseek_v4_topk", "scoring_func", json!("sigmoid")),

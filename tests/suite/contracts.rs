@@ -11,15 +11,16 @@ use moewe::schedule::{DeviceFacts, lower};
 use moewe::spec::*;
 use naga::valid::{Capabilities, GlobalUse, ModuleInfo, ValidationFlags, Validator};
 
-use crate::rig::{GEMV, TILED, random_spec};
+use crate::random::{random_spec, specs};
+use crate::rig::{GEMV, TILED};
 
 /// Every distinct kernel of many random schedules, by its text.
 fn kernels() -> BTreeMap<String, Source> {
     let facts = DeviceFacts { backend: "text", max_binding_bytes: 128 << 20, max_workgroups: 65_535 };
     let mut kernels = BTreeMap::new();
     let mut shapes = BTreeSet::new();
-    for seed in 0..400 {
-        let spec = random_spec(&mut Rng::with_seed(seed));
+    let random = (0..400).map(|seed| random_spec(&mut Rng::with_seed(seed)));
+    for spec in specs(200).into_iter().chain(random) {
         for options in [GEMV, TILED] {
             let schedule = lower(&spec, Scope::Layer, 64, &facts, &options).unwrap();
             for step in schedule.buckets.iter().flat_map(|bucket| &bucket.steps) {

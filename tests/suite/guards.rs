@@ -9,7 +9,7 @@ use syn::{Item, Pat};
 
 /// Names of the spec's types; the value says whether a pattern on it can fail (an enum of several variants).
 fn spec_types() -> HashMap<String, bool> {
-    let file = syn::parse_file(&std::fs::read_to_string(root().join("src/spec.rs")).unwrap()).unwrap();
+    let file = syn::parse_file(&std::fs::read_to_string(root().join("src/spec/mod.rs")).unwrap()).unwrap();
     let types: HashMap<_, _> = file
         .items
         .iter()
@@ -179,7 +179,7 @@ fn scan(file: &str, text: &str) -> Vec<String> {
     let types = spec_types();
     let mut scan = Scan { types: &types, self_type: None, file: file.into(), found: vec![] };
     scan.visit_file(&syn::parse_file(text).unwrap());
-    if file == "src/spec.rs" {
+    if file == "src/spec/mod.rs" {
         let derives = text.lines().enumerate().filter(|(_, line)| line.contains("derive(") && line.contains("Default"));
         scan.found.extend(derives.map(|(line, _)| format!("{file}:{}: Default on a spec type", line + 1)));
     }

@@ -3,11 +3,10 @@
 use moewe::host::{Host, Session};
 use moewe::kernels::{Access, Operation, Stage};
 use moewe::plan::Backend;
-use moewe::reference::Inputs;
 use moewe::spec::*;
-use moewe::{Cpu, Options, Plan, Scratch, Tokens, Wgpu};
+use moewe::{Cpu, Options, Tokens, Wgpu};
 
-use crate::rig::{GEMV, RandomLayer, TILED, deepseek_like, gpu, segmented};
+use crate::rig::{GEMV, RandomLayer, TILED, deepseek_like, gpu};
 
 /// Rounding errors of an f32 sum of n terms of size 1 walk at random: sqrt(n) times half an ulp of the
 /// sum, some sixteen times that at worst over a whole buffer. Relative to the row's largest value.
@@ -18,10 +17,8 @@ const SCORE_TOLERANCE: f32 = 3e-6;
 /// Both sides of a lockstep: same schedule, buffers by name.
 struct Lockstep {
     gpu: Session<Wgpu>,
-    cpu_plan: Plan<Cpu>,
+    cpu: Session<Cpu>,
     tokens: usize,
-    hidden_states: Vec<u32>,
-    token_ids: Option<Vec<u32>>,
 }
 
 /// Runs one step on both sides from the device's own buffers, and compares what it wrote.
@@ -35,23 +32,15 @@ fn step(both: &Lockstep, at: usize) {
     let after = buffers(both);
 
     // The twin starts from what the device had.
-    let cpu = Cpu::like(gpu().facts());
-    let named = |name: &str| before.iter().find(|(known, _)| known == name).map(|(_, words)| words.clone());
-    let layout = both.cpu_plan.scratch_layout().buffers;
-    let entries = layout.iter().map(|(name, _)| (name.clone(), cpu.upload(name, &named(name).unwrap()).unwrap()));
-    let scratch = Scratch::<Cpu>::from_buffers(entries.collect());
-    let hidden_states = cpu.upload("hidden_states", &both.hidden_states).unwrap();
-    let token_ids = both.token_ids.as_ref().map(|ids| cpu.upload("token_ids", ids).unwrap());
-    let output = cpu.upload("output", &named("output").unwrap()).unwrap();
-    let io = moewe::Io {
-        hidden_states: &hidden_states,
-        token_ids: token_ids.as_ref(),
-        output: Some(&output),
-        topk_ids: None,
-        topk_weights: None,
+    let cpu = both.cpu.plan().backend();
+    let of_cpu = |name: &str| match name {
+        "output" => both.cpu.output().unwrap(),
+        name => both.cpu.scratch().buffer(name).unwrap(),
     };
-    let bound = both.cpu_plan.bind(&io, &scratch).unwrap();
-    bound.record_steps(&mut cpu.encoder(), &Tokens::Host(both.tokens), &|index, _| index == at).unwrap();
+    for (name, words) in &before {
+        cpu.write(of_cpu(name), 0, words).unwrap();
+    }
+    both.cpu.bound().record_steps(&mut cpu.encoder(), &Tokens::Host(both.tokens), &|index, _| index == at).unwrap();
     for (binding, &index) in step.operation.source().bindings.iter().zip(&step.buffers) {
         let name = schedule.buffers[index].name.as_str();
         let got = &after.iter().find(|(known, _)| known == name);
@@ -61,8 +50,7 @@ fn step(both: &Lockstep, at: usize) {
             assert_eq!(got, old, "{}: the step changed {name}, which it only reads", step.name);
             continue;
         }
-        let want = if name == "output" { cpu.read(&output) } else { cpu.read(scratch.buffer(name).unwrap()) };
-        equal(&step.name, &step.operation, name, &want.unwrap(), got);
+        equal(&step.name, &step.operation, name, &cpu.read(of_cpu(name)).unwrap(), got);
     }
 }
 
@@ -81,16 +69,18 @@ fn equal(step: &str, operation: &Operation, buffer: &str, want: &[u32], got: &[u
     let stage = operation.stage();
     let terms = match operation {
         Operation::GroupedGemm(gemm) => gemm.cols.max(16) as f32,
+        Operation::Norm(norm) => norm.cols.max(16) as f32,
         Operation::Combine(_) | Operation::TopkRouting(_) | Operation::Permute(_) => 16.0,
     };
     let bounded = match (stage, buffer) {
         (Stage::Permute, _) | (_, "topk_ids") => None,
         (Stage::TopkRouting, _) => Some(SCORE_TOLERANCE),
-        (Stage::GroupedGemm | Stage::Combine, _) => Some(SUM_TOLERANCE * terms.sqrt()),
+        (Stage::GroupedGemm | Stage::Norm | Stage::Combine, _) => Some(SUM_TOLERANCE * terms.sqrt()),
     };
     let Some(tolerance) = bounded else { return (0..want.len()).for_each(exact) };
     let width = match operation {
         Operation::GroupedGemm(gemm) => gemm.features(),
+        Operation::Norm(norm) => norm.cols,
         Operation::Combine(_) | Operation::TopkRouting(_) | Operation::Permute(_) => want.len(),
     };
     for (row, want_row) in want.chunks(width).enumerate() {
@@ -111,23 +101,16 @@ fn equal(step: &str, operation: &Operation, buffer: &str, want: &[u32], got: &[u
 
 fn walk(spec: MoeSpec, tokens: usize, options: &Options) {
     let layer = RandomLayer::new(spec, 11);
-    let (hidden_states, token_ids) = layer.inputs(tokens, 12);
-    let gpu_session = layer.on_gpu(tokens, options);
-    gpu_session
-        .write(&Inputs { hidden_states: &hidden_states, token_ids: token_ids.as_deref(), logits: None })
-        .unwrap();
-    let cpu = Cpu::like(gpu().facts());
-    let cpu_plan = Plan::new(cpu, &layer.spec, &layer.weights(), tokens, &segmented(options)).unwrap();
-    // Only the backend's name may differ between the two schedules.
-    assert_eq!(cpu_plan.schedule(), gpu_session.plan().schedule());
-    let input = layer.spec.precision.input;
+    let inputs = layer.all_inputs(tokens, 12);
     let both = Lockstep {
-        hidden_states: moewe::host::encode(input, &hidden_states),
-        gpu: gpu_session,
-        cpu_plan,
+        gpu: layer.on_gpu(tokens, options),
+        cpu: layer.on_cpu(tokens, options, Some(gpu().facts())),
         tokens,
-        token_ids,
     };
+    // Only the backend's name may differ between the two schedules.
+    assert_eq!(both.cpu.plan().schedule(), both.gpu.plan().schedule());
+    both.gpu.write(&inputs.view()).unwrap();
+    both.cpu.write(&inputs.view()).unwrap();
     for at in 0..both.gpu.bound().steps(tokens).len() {
         step(&both, at);
     }

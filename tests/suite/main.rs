@@ -1,14 +1,21 @@
 //! The test suite. `MOEWE_ADAPTER` picks the adapter under test by a part of its name.
 
 mod binding;
+mod bugs;
 mod configs;
 mod contracts;
 mod families;
+mod family_golden;
+mod family_specs;
+mod family_support;
 mod files;
 mod guards;
 mod layers;
 mod layouts;
+mod limits;
 mod lockstep;
+mod matrix;
+mod random;
 mod rig;
 mod routing;
 mod samples;

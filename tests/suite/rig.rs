@@ -7,7 +7,7 @@ use moewe::host::{self, Limits, Session};
 use moewe::reference::{self, Inputs};
 use moewe::schedule::{DECODE_TOKENS, DeviceFacts};
 use moewe::spec::*;
-use moewe::weights::{Dtype, Rows};
+use moewe::weights::{Dtype, LatentNormWeights, LatentWeights, RouterMlpWeights, Rows};
 use moewe::{Cpu, Matrix, MlpWeights, MoeWeights, Options, Plan, RouterWeights, Tensor, Wgpu};
 
 /// The device under test, under the portability floor. No adapter is a failure.
@@ -137,37 +137,159 @@ impl OwnedMlp {
     }
 }
 
+/// The layers of an MLP router.
+struct OwnedRouterMlp {
+    /// down, fc1, fc2, out.
+    matrices: [OwnedMatrix; 4],
+    /// down, fc1, fc2.
+    biases: [Vec<f32>; 3],
+    states_scale: Option<Vec<f32>>,
+    norm: Vec<f32>,
+}
+
+impl OwnedRouterMlp {
+    fn view(&self) -> RouterMlpWeights<'_> {
+        let [down, fc1, fc2, out] = [0, 1, 2, 3].map(|at: usize| self.matrices[at].view());
+        let [down_bias, fc1_bias, fc2_bias] = self.biases.clone();
+        let (states_scale, norm) = (self.states_scale.clone(), self.norm.clone());
+        RouterMlpWeights { down, down_bias, states_scale, norm, fc1, fc1_bias, fc2, fc2_bias, out }
+    }
+}
+
 /// A layer with random weights.
 pub struct RandomLayer {
     pub spec: MoeSpec,
-    router: OwnedMatrix,
+    router: Option<OwnedMatrix>,
+    router_mlp: Option<OwnedRouterMlp>,
     router_bias: Option<Vec<f32>>,
     pub selection_bias: Option<Vec<f32>>,
     tid2eid: Option<Vec<i32>>,
+    input_scale: Option<Vec<f32>>,
+    per_expert_scale: Option<Vec<f32>>,
+    global_scale: Option<f32>,
     experts: Vec<OwnedMlp>,
-    shared: Option<OwnedMlp>,
+    shared: Vec<OwnedMlp>,
+    shared_gate: Option<OwnedMatrix>,
+    latent: Option<[OwnedMatrix; 2]>,
+    latent_norm: LatentNormWeights,
+    output_bias: Option<Vec<f32>>,
+    output_norm: Option<Vec<f32>>,
+}
+
+/// What a layer reads, each row exactly representable in its type.
+pub struct LayerInputs {
+    pub hidden_states: Vec<f32>,
+    pub token_ids: Option<Vec<u32>>,
+    pub expert_hidden_states: Option<Vec<f32>>,
+    pub logits: Option<Vec<f32>>,
+    pub router_states: Option<Vec<f32>>,
+}
+
+impl LayerInputs {
+    pub fn view(&self) -> Inputs<'_> {
+        Inputs {
+            hidden_states: &self.hidden_states,
+            token_ids: self.token_ids.as_deref(),
+            logits: self.logits.as_deref(),
+            expert_hidden_states: self.expert_hidden_states.as_deref(),
+            router_states: self.router_states.as_deref(),
+        }
+    }
 }
 
 impl RandomLayer {
     pub fn new(spec: MoeSpec, seed: u64) -> Self {
         let rng = &mut Rng::with_seed(seed);
-        let (hidden_size, outputs) = (spec.hidden_size, spec.router_outputs());
-        let Router::Linear { format, bias, .. } = spec.router else { panic!("the rig makes linear routers") };
+        let (hidden_size, outputs, selectable) = (spec.hidden_size, spec.router_outputs(), spec.selectable());
+        let near_one = |rng: &mut Rng, len: usize| (0..len).map(|_| 1.0 + 0.3 * normal(rng)).collect::<Vec<f32>>();
         let tid2eid = match spec.routing.method {
             RoutingMethod::Hash { vocab_size, .. } => {
-                Some((0..vocab_size * spec.top_k).map(|_| rng.i32(0..outputs as i32)).collect())
+                Some((0..vocab_size * spec.top_k).map(|_| rng.i32(0..selectable as i32)).collect())
             }
             _ => None,
         };
+        let (mut router, mut router_mlp, mut router_bias, mut input_scale) = (None, None, None, None);
+        match spec.router {
+            Router::Linear { input, format, bias, .. } => {
+                router = Some(OwnedMatrix::random(rng, format, [outputs, hidden_size]));
+                router_bias = vector(rng, bias, outputs);
+                if let RouterInput::RmsNormScaled { .. } = input {
+                    // The router divides by sqrt(H): keep its logits as far apart as without.
+                    let root = (hidden_size as f32).sqrt();
+                    input_scale = Some(near_one(rng, hidden_size).iter().map(|scale| scale * root).collect());
+                }
+            }
+            Router::Mlp { state_size, previous_state, format, .. } => {
+                let mut matrix = |shape| OwnedMatrix::random(rng, format, shape);
+                let matrices = [
+                    matrix([state_size, hidden_size]),
+                    matrix([state_size, state_size]),
+                    matrix([state_size, state_size]),
+                    matrix([outputs, state_size]),
+                ];
+                let biases = [0, 1, 2].map(|_| vector(rng, true, state_size).unwrap());
+                let states_scale = previous_state.then(|| near_one(rng, state_size));
+                router_mlp = Some(OwnedRouterMlp { matrices, biases, states_scale, norm: near_one(rng, state_size) });
+            }
+            Router::Given { .. } => {}
+        }
+        let latent = spec.latent.as_ref().map(|latent| {
+            let mut matrix = |shape| OwnedMatrix::random(rng, latent.format, shape);
+            [matrix([latent.size, hidden_size]), matrix([hidden_size, latent.size])]
+        });
+        let width = spec.expert_width();
+        let latent_norm = match spec.latent.as_ref().map(|latent| latent.norm) {
+            None | Some(LatentNorm::None) => LatentNormWeights::None,
+            Some(LatentNorm::Reduced { .. }) => LatentNormWeights::Reduced(near_one(rng, width)),
+            Some(LatentNorm::PreAndPost { .. }) => {
+                LatentNormWeights::PreAndPost { pre: near_one(rng, width), post: near_one(rng, width) }
+            }
+        };
         Self {
-            router: OwnedMatrix::random(rng, format, [outputs, hidden_size]),
-            router_bias: vector(rng, bias, outputs),
-            selection_bias: vector(rng, spec.has_selection_bias(), outputs),
+            router,
+            router_mlp,
+            router_bias,
+            selection_bias: vector(rng, spec.has_selection_bias(), selectable),
             tid2eid,
-            experts: (0..spec.num_experts).map(|_| OwnedMlp::random(rng, &spec.experts, hidden_size)).collect(),
-            shared: spec.shared.as_ref().map(|shared| OwnedMlp::random(rng, &shared.mlp, hidden_size)),
+            input_scale,
+            per_expert_scale: spec.routing.per_expert_scale.then(|| near_one(rng, spec.num_experts)),
+            global_scale: match spec.routing.method {
+                RoutingMethod::JointNorm { global_scale: true, .. } => Some(1.7),
+                _ => None,
+            },
+            experts: (0..spec.num_experts).map(|_| OwnedMlp::random(rng, &spec.experts, width)).collect(),
+            shared: match &spec.shared {
+                None => vec![],
+                Some(shared) => {
+                    (0..spec.shared_mlps()).map(|_| OwnedMlp::random(rng, &shared.mlp, hidden_size)).collect()
+                }
+            },
+            shared_gate: spec.shared.as_ref().and_then(|shared| match shared.gate {
+                SharedGate::Sigmoid { format } => Some(OwnedMatrix::random(rng, format, [1, hidden_size])),
+                SharedGate::None | SharedGate::Joint => None,
+            }),
+            latent,
+            latent_norm,
+            output_bias: vector(rng, spec.output_bias, hidden_size),
+            output_norm: spec.output_norm.map(|_| near_one(rng, hidden_size)),
             spec,
         }
+    }
+
+    /// Sets all gate and up biases, of the routed or of the shared experts.
+    pub fn set_gate_up_bias(&mut self, routed: bool, gate: f32, up: f32) {
+        for mlp in if routed { &mut self.experts } else { &mut self.shared } {
+            for (bias, value) in [(&mut mlp.gate_bias, gate), (&mut mlp.up_bias, up)] {
+                bias.iter_mut().flatten().for_each(|bias| *bias = value);
+            }
+        }
+    }
+
+    /// Writes NaN into one weight of an expert's up matrix, which has to be F32.
+    pub fn spoil(&mut self, expert: usize) {
+        let up = &mut self.experts[expert].up;
+        assert_eq!(up.format, WeightFormat::F32);
+        up.codes.bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
     }
 
     /// Makes the selection bias as small as the differences of scores, so that both decide.
@@ -180,34 +302,87 @@ impl RandomLayer {
     pub fn weights(&self) -> MoeWeights<'_> {
         MoeWeights {
             router: RouterWeights {
-                weight: Some(self.router.view()),
+                weight: self.router.as_ref().map(OwnedMatrix::view),
                 bias: self.router_bias.clone(),
                 selection_bias: self.selection_bias.clone(),
                 tid2eid: self.tid2eid.clone(),
+                input_scale: self.input_scale.clone(),
+                per_expert_scale: self.per_expert_scale.clone(),
+                global_scale: self.global_scale,
+                mlp: self.router_mlp.as_ref().map(OwnedRouterMlp::view),
             },
             experts: self.experts.iter().map(OwnedMlp::view).collect(),
-            shared: self.shared.as_ref().map(OwnedMlp::view),
-            shared_gate: None,
+            shared: self.shared.iter().map(OwnedMlp::view).collect(),
+            shared_gate: self.shared_gate.as_ref().map(OwnedMatrix::view),
+            latent: self.latent.as_ref().map(|[down, up]| LatentWeights {
+                down: down.view(),
+                up: up.view(),
+                norm: self.latent_norm.clone(),
+            }),
+            output_bias: self.output_bias.clone(),
+            output_norm: self.output_norm.clone(),
         }
     }
 
-    /// Rows exactly representable in the input type, and token ids where the layer reads them.
+    /// Hidden states, and token ids where the layer reads them.
     pub fn inputs(&self, tokens: usize, seed: u64) -> (Vec<f32>, Option<Vec<u32>>) {
+        let LayerInputs { hidden_states, token_ids, .. } = self.all_inputs(tokens, seed);
+        (hidden_states, token_ids)
+    }
+
+    /// All that the layer reads. Logits that are given have ties, NaN and infinities.
+    pub fn all_inputs(&self, tokens: usize, seed: u64) -> LayerInputs {
         let rng = &mut Rng::with_seed(seed);
         let input = self.spec.precision.input;
-        let hidden_states =
-            (0..tokens * self.spec.hidden_size).map(|_| moewe::numerics::round_to(input, 2.0 * normal(rng))).collect();
-        let ids = match self.spec.routing.method {
+        let rows = |rng: &mut Rng| -> Vec<f32> {
+            let value = |_| moewe::numerics::round_to(input, 2.0 * normal(rng));
+            (0..tokens * self.spec.hidden_size).map(value).collect()
+        };
+        let hidden_states = rows(rng);
+        let token_ids = match self.spec.routing.method {
             RoutingMethod::Hash { vocab_size, .. } => {
                 Some((0..tokens).map(|_| rng.u32(0..vocab_size as u32)).collect())
             }
             _ => None,
         };
-        (hidden_states, ids)
+        let expert_hidden_states = match self.spec.expert_input {
+            ExpertInput::Hidden => None,
+            ExpertInput::Separate => Some(rows(rng)),
+        };
+        let logits = match self.spec.router {
+            Router::Given { .. } => {
+                let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1.5, 1.5];
+                let outputs = self.spec.router_outputs();
+                let row = |rng: &mut Rng| -> Vec<f32> {
+                    // Most rows are plain; some have ties only; some have what is no number.
+                    let kind = rng.usize(0..6);
+                    (0..outputs)
+                        .map(|_| match kind {
+                            0 => odd[rng.usize(0..odd.len())],
+                            1 => odd[rng.usize(3..odd.len())],
+                            _ => 2.0 * normal(rng),
+                        })
+                        .collect()
+                };
+                Some((0..tokens).flat_map(|_| row(rng)).collect())
+            }
+            _ => None,
+        };
+        let router_states = match self.spec.router {
+            Router::Mlp { state_size, previous_state: true, .. } => {
+                Some((0..tokens * state_size).map(|_| normal(rng)).collect())
+            }
+            _ => None,
+        };
+        LayerInputs { hidden_states, token_ids, expert_hidden_states, logits, router_states }
     }
 
     pub fn reference(&self, hidden_states: &[f32], token_ids: Option<&[u32]>) -> reference::Layer {
-        reference::layer(&self.spec, &self.weights(), Inputs { hidden_states, token_ids, logits: None }).unwrap()
+        self.judge(Inputs { token_ids, ..Inputs::of(hidden_states) })
+    }
+
+    pub fn judge(&self, inputs: Inputs<'_>) -> reference::Layer {
+        reference::layer(&self.spec, &self.weights(), inputs).unwrap()
     }
 
     pub fn on_gpu(&self, max_tokens: usize, options: &Options) -> Session<Wgpu> {
@@ -285,114 +460,10 @@ pub fn deepseek_like() -> MoeSpec {
         lora: None,
         expert_input: ExpertInput::Hidden,
         output_bias: false,
+        output_norm: None,
         placement: Placement::All,
         shard: TensorShard::Whole,
         entry: Entry::TokenMajor,
         precision: Precision::float32(FloatType::Bf16, FloatType::F32),
-    }
-}
-
-fn pick<T: Clone>(rng: &mut Rng, of: &[T]) -> T {
-    of[rng.usize(0..of.len())].clone()
-}
-
-const FORMATS: [WeightFormat; 7] = [
-    WeightFormat::F32,
-    WeightFormat::F16,
-    WeightFormat::Bf16,
-    WeightFormat::Fp8Block { block: [128, 128], scale: ScaleFormat::F32 },
-    WeightFormat::Fp8Block { block: [16, 32], scale: ScaleFormat::F32 },
-    WeightFormat::Fp8Block { block: [3, 16], scale: ScaleFormat::E8m0 },
-    WeightFormat::Fp8Block { block: [32, 32], scale: ScaleFormat::E8m0 },
-];
-
-fn random_mlp(rng: &mut Rng) -> ExpertMlp {
-    let limit = pick(rng, &[None, Some(0.5), Some(3.0)]);
-    let activation = pick(
-        rng,
-        &[
-            Activation::Swiglu { limit },
-            Activation::SwigluOai { alpha: 1.702, limit, beta: 1.0 },
-            Activation::SwigluClampAfter { limit: 0.5 },
-            Activation::Relu2,
-        ],
-    );
-    ExpertMlp {
-        intermediate_size: pick(rng, &[1, 3, 16, 33, 48, 80, 131]),
-        activation,
-        gate_up_layout: GateUpLayout::Separate,
-        orientation: Orientation::OutIn,
-        gate_up_bias: rng.bool(),
-        down_bias: rng.bool(),
-        format: pick(rng, &FORMATS),
-        activation_quant: ActivationQuant::None,
-    }
-}
-
-/// A random spec of all that the kernels can do.
-pub fn random_spec(rng: &mut Rng) -> MoeSpec {
-    let num_experts: usize = pick(rng, &[1, 2, 3, 6, 8, 12, 16, 60, 65]);
-    let score = pick(rng, &[Score::Softmax, Score::Sigmoid, Score::SqrtSoftplus, Score::Identity]);
-    let key = pick(rng, &[SelectionKey::Score, SelectionKey::ScorePlusBias, SelectionKey::LogitPlusBias]);
-    let divisors: Vec<usize> = (1..=num_experts / 2).filter(|n| num_experts.is_multiple_of(*n)).collect();
-    let groups = (num_experts > 1 && rng.bool()).then(|| {
-        let n_group = pick(rng, &divisors);
-        let score = pick(rng, &[GroupScore::Top2SumOfKey, GroupScore::MaxOfScore, GroupScore::Top2SumOfScore]);
-        Groups { n_group, topk_group: rng.usize(1..=n_group), score }
-    });
-    let selectable = groups.map_or(num_experts, |groups| num_experts / groups.n_group * groups.topk_group);
-    let method = match rng.usize(0..6) {
-        0 => RoutingMethod::TopKThenScore { score: pick(rng, &[ChosenScore::Softmax, ChosenScore::Sigmoid]) },
-        1 => RoutingMethod::Hash { score, vocab_size: 17 },
-        _ => RoutingMethod::TopK { score, key, groups },
-    };
-    let renormalize = pick(
-        rng,
-        &[
-            None,
-            Some(Denominator::Sum),
-            Some(Denominator::SumPlus { eps: 1e-3 }),
-            Some(Denominator::AtLeast { floor: 0.7 }),
-            Some(Denominator::SumOrOne),
-        ],
-    );
-    // A sum of identity scores of either sign can be near 0: then no bound on the weights holds.
-    let renormalize = if score == Score::Identity { None } else { renormalize };
-    let shared = rng.bool().then(|| SharedExperts {
-        mlp: random_mlp(rng),
-        gate: SharedGate::None,
-        combination: SharedCombination::Sum,
-    });
-    let types = [FloatType::F32, FloatType::F16, FloatType::Bf16];
-    MoeSpec {
-        hidden_size: pick(rng, &[1, 4, 5, 24, 64, 100, 130]),
-        num_experts,
-        top_k: rng.usize(1..=selectable.min(9)),
-        router: Router::Linear {
-            input: RouterInput::Hidden,
-            format: pick(rng, &FORMATS[..3]),
-            bias: rng.bool(),
-            transform: LogitTransform::None,
-        },
-        routing: Routing {
-            method,
-            renormalize,
-            routed_scaling_factor: pick(rng, &[1.0, 2.5, 0.3]),
-            apply_routed_scale_to_output: rng.bool(),
-            per_expert_scale: false,
-            weight_position: WeightPosition::Output,
-            zero_experts: None,
-            nan_policy: NanPolicy::Zero,
-        },
-        experts: random_mlp(rng),
-        shared,
-        latent: None,
-        lora: None,
-        expert_input: ExpertInput::Hidden,
-        output_bias: false,
-        placement: Placement::All,
-        shard: TensorShard::Whole,
-        entry: Entry::TokenMajor,
-        precision: Precision::float32(pick(rng, &types), pick(rng, &types)),
     }
 }

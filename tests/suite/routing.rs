@@ -4,8 +4,7 @@
 use moewe::host::{Outcome, Session};
 use moewe::reference::{self, Inputs};
 use moewe::spec::*;
-use moewe::weights::{Dtype, Rows};
-use moewe::{Cpu, Matrix, Plan, RouterWeights, Tensor};
+use moewe::{Cpu, Plan, RouterWeights};
 
 use crate::rig::{AUTO, deepseek_like, gpu};
 
@@ -37,29 +36,20 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// Ids and weights of reference, cpu and wgpu. A NaN logit times 0 would spoil a whole row of an
-    /// identity matrix, so rows that are not finite go through the bias of the logits instead.
+    /// Ids and weights of reference, cpu and wgpu for given logits.
     fn run(&self) -> Vec<(&'static str, Vec<i32>, Vec<f32>)> {
         let n = self.spec.hidden_size;
         assert_eq!(self.logits.len(), n, "one token a case");
         let mut spec = self.spec.clone();
-        spec.router = match spec.router {
-            Router::Linear { input, format, bias: _, transform } => {
-                Router::Linear { input, format, bias: true, transform }
-            }
-            router => router,
-        };
-        let zeros = vec![0u8; 4 * n * n];
-        let tensor = Tensor { name: "zeros".into(), dtype: Dtype::F32, shape: vec![n, n], bytes: &zeros };
-        let view = Matrix::view(&tensor, None, WeightFormat::F32, Orientation::OutIn, Rows::All, None, [n, n]);
+        spec.router = Router::Given { transform: LogitTransform::None };
         let router = RouterWeights {
-            weight: Some(view.unwrap()),
-            bias: Some(self.logits.to_vec()),
             selection_bias: self.bias.map(<[f32]>::to_vec),
             tid2eid: self.table.map(<[i32]>::to_vec),
+            ..RouterWeights::NONE
         };
         let hidden_states = vec![1.0; n];
-        let inputs = Inputs { hidden_states: &hidden_states, token_ids: self.token_ids, logits: None };
+        let logits = Some(self.logits);
+        let inputs = Inputs { token_ids: self.token_ids, logits, ..Inputs::of(&hidden_states) };
         let want = reference::route(&spec, &router, inputs).unwrap();
         let plan = Plan::routing(Cpu::new(), &spec, &router, 1, &AUTO).unwrap();
         let cpu: Outcome = Session::new(plan, &spec).unwrap().run(&inputs).unwrap();
@@ -243,7 +233,7 @@ fn a_hash_table_may_repeat_an_id_and_a_token_outside_of_it_is_an_error() {
     spec.routing.method = RoutingMethod::Hash { score: Score::Sigmoid, vocab_size: 17 };
     let layer = crate::rig::RandomLayer::new(spec, 31);
     let (hidden_states, _) = layer.inputs(2, 32);
-    let inputs = Inputs { hidden_states: &hidden_states, token_ids: Some(&[3, 17]), logits: None };
+    let inputs = Inputs { token_ids: Some(&[3, 17]), ..Inputs::of(&hidden_states) };
     let error = reference::layer(&layer.spec, &layer.weights(), inputs).unwrap_err().to_string();
     assert!(error.contains("17") && error.contains("outside of the hash table"), "{error}");
     for outcome in [layer.on_cpu(2, &AUTO, None).run(&inputs).unwrap(), layer.on_gpu(2, &AUTO).run(&inputs).unwrap()] {

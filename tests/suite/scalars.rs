@@ -1,10 +1,11 @@
 //! Scalars: the golden tables and activations for `numerics`, and every code of every decoder and
 //! encoder on the device against `numerics`, bit for bit.
 
-use moewe::Backend;
 use moewe::host::Host;
 use moewe::numerics;
-use moewe::spec::Activation;
+use moewe::schedule::lower;
+use moewe::spec::{Activation, FloatType};
+use moewe::{Backend, Scope};
 use safetensors::SafeTensors;
 
 use crate::rig::gpu;
@@ -150,20 +151,30 @@ fn every_code_decodes_on_the_device_as_in_numerics() {
 #[test]
 fn every_half_and_its_neighbours_encode_on_the_device_as_in_numerics() {
     // Around each of the 65,536 values: itself, the f32 beside it, the tie to the next, and that one's neighbours.
-    for (fragment, decode) in [
-        ("fragments/store_f16.wgsl", numerics::decode_f16 as fn(u16) -> f32),
-        ("fragments/store_bf16.wgsl", numerics::decode_bf16),
-    ] {
+    for (fragment, decode) in [("f16", numerics::decode_f16 as fn(u16) -> f32), ("bf16", numerics::decode_bf16)] {
         let mut words = vec![];
         for half in 0..=0xffffu16 {
             let value = decode(half).to_bits();
             let tie = decode(half).midpoint(decode(half.wrapping_add(1))).to_bits();
             words.extend([value, value ^ 1, tie, tie.wrapping_add(1), tie.wrapping_sub(1)]);
         }
-        let got = map(&[fragment], "", "let result = encode(words[id.x]);", &words);
+        let (encode, store) = (format!("fragments/encode_{fragment}.wgsl"), format!("fragments/store_{fragment}.wgsl"));
+        let got = map(&[&encode, &store], "", "let result = encode(words[id.x]);", &words);
+        // The model's roundings are those of the output.
+        let round = format!("fragments/round_{fragment}.wgsl");
+        let body = "let result = bitcast<u32>(round_model(bitcast<f32>(words[id.x])));";
+        let needed: Vec<&str> = match fragment {
+            "f16" => vec!["fragments/decode_f16.wgsl", &encode, &round],
+            _ => vec![&encode, &round],
+        };
+        let rounded = map(&needed, "", body, &words);
+        exact(&round, &words, &rounded, |word| {
+            let float_type = if fragment == "f16" { FloatType::F16 } else { FloatType::Bf16 };
+            numerics::round_to(float_type, f32::from_bits(word))
+        });
         for (word, got) in words.iter().zip(got) {
             let value = f32::from_bits(*word);
-            let want = if fragment.contains("bf16") {
+            let want = if fragment == "bf16" {
                 half::bf16::from_f32(value).to_bits()
             } else {
                 half::f16::from_f32(value).to_bits()
@@ -174,51 +185,91 @@ fn every_half_and_its_neighbours_encode_on_the_device_as_in_numerics() {
     }
 }
 
+/// The kernel's own text of an activation: constants and fragments.
+fn activation_text(activation: Activation) -> (String, Vec<&'static str>) {
+    let mut spec = crate::rig::deepseek_like();
+    spec.experts.activation = activation;
+    spec.shared = None;
+    let facts = gpu().facts();
+    let schedule = lower(&spec, Scope::Layer, 1, &facts, &crate::rig::GEMV).unwrap();
+    let step = schedule.buckets[0].steps.iter().find(|step| step.name.starts_with("experts.gate_up")).unwrap();
+    let source = step.operation.source();
+    let constants = source.wgsl();
+    let named = ["SWIGLU_", "SITU_"];
+    let constants =
+        constants.lines().filter(|line| named.iter().any(|name| line.starts_with(&format!("const {name}"))));
+    let needed = ["keep_nan", "clamp.", "silu", "sigmoid", "tanh", "gelu_erf", "activate_"];
+    let wanted = |path: &&str| needed.iter().any(|name| path.contains(name));
+    let fragments = source.fragments.iter().map(|fragment| fragment.path).filter(wanted).collect();
+    (constants.collect::<Vec<_>>().join("\n"), fragments)
+}
+
+const ACTIVATION_BODY: &str = "// PAIR_OF_WORDS
+    let gate = bitcast<f32>(words[2u * id.x]);
+    let up = bitcast<f32>(words[2u * id.x + 1u]);
+    let result = bitcast<u32>(gate_part(gate) * up_part(up));";
+
 #[test]
 fn activations_on_the_device_equal_the_golden_ones() {
     let case = "prim_gated_activations";
     let (gate, up) = (floats(case, "gate"), floats(case, "up"));
     let words: Vec<u32> = gate.iter().zip(&up).flat_map(|(gate, up)| [gate.to_bits(), up.to_bits()]).collect();
-    let body = "// PAIR_OF_WORDS
-        let gate = bitcast<f32>(words[2u * id.x]);
-        let up = bitcast<f32>(words[2u * id.x + 1u]);
-        let result = bitcast<u32>(activate(gate, up));";
-    for (name, activation) in ACTIVATIONS {
-        let (fragment, constants) = match activation {
-            Activation::Swiglu { limit: None } => ("activate_swiglu", String::new()),
-            Activation::Swiglu { limit: Some(limit) } => {
-                ("activate_swiglu_clamped", format!("const SWIGLU_LIMIT: f32 = {limit:?}f;"))
-            }
-            Activation::SwigluClampAfter { limit } => {
-                ("activate_swiglu_clamped_after", format!("const SWIGLU_LIMIT: f32 = {limit:?}f;"))
-            }
-            Activation::SwigluOai { alpha, limit: Some(limit), beta } => (
-                "activate_swiglu_oai_clamped",
-                format!(
-                    "const SWIGLU_LIMIT = {limit:?}f; const SWIGLU_ALPHA = {alpha:?}f; const SWIGLU_BETA = {beta:?}f;"
-                ),
-            ),
-            other => panic!("{other:?} has no fragment"),
-        };
-        let path = format!("fragments/{fragment}.wgsl");
-        let got = map(&["fragments/silu.wgsl", &path], &constants, body, &words);
+    let gelu = [("gelu_tanh_and_mul", Activation::GeluTanh)];
+    for (name, activation) in ACTIVATIONS.into_iter().chain(gelu) {
+        let (constants, fragments) = activation_text(activation);
+        let got = map(&fragments, &constants, ACTIVATION_BODY, &words);
         for (((gate, up), want), got) in gate.iter().zip(&up).zip(floats(case, name)).zip(got) {
             let got = f32::from_bits(got);
             // A device may flush a subnormal gate, silu(gate) or up, up to 2^-126, before the product. Where
             // the other factor is infinite, inf and NaN are both right.
-            let silu = numerics::activate(Activation::Swiglu { limit: None }, *gate, 1.0).abs();
-            let (tiny_gate, tiny_up) = (silu < f32::MIN_POSITIVE, up.abs() < f32::MIN_POSITIVE);
+            let factor = numerics::activate_parts(activation, *gate, 1.0)[0].abs();
+            let (tiny_gate, tiny_up) = (factor < f32::MIN_POSITIVE, up.abs() < f32::MIN_POSITIVE);
             if (tiny_gate || tiny_up) && !want.is_finite() {
                 assert!(!got.is_finite(), "{name}({gate}, {up}) = {got}, expected {want}");
                 continue;
             }
             let by_gate = if tiny_gate && up.is_finite() { f32::MIN_POSITIVE * up.abs() } else { 0.0 };
-            let by_up = if tiny_up && silu.is_finite() { f32::MIN_POSITIVE * silu } else { 0.0 };
-            let flushed = by_gate + by_up;
+            let by_up = if tiny_up && factor.is_finite() { f32::MIN_POSITIVE * factor } else { 0.0 };
+            // 1 + tanh cancels in the definition, not on the device.
+            let cancelled = match activation {
+                Activation::GeluTanh => 1.3e-7 * gate.abs() * up.abs(),
+                _ => 0.0,
+            };
+            let slack = by_gate + by_up + cancelled;
             // WGSL's exp errs by 3 + 2|x| ulp, its division by 2.5; results below 1e-30 may be flushed, and
             // beyond exp(88) the sigmoid is taken as 0.
             let rtol = 4e-6 + 3e-7 * gate.abs().min(90.0);
-            assert!(agrees(got, want, rtol, 1e-30 + flushed), "{name}({gate}, {up}) = {got}, expected {want}");
+            assert!(agrees(got, want, rtol, 1e-30 + slack), "{name}({gate}, {up}) = {got}, expected {want}");
+        }
+    }
+}
+
+/// Those without golden values: against `numerics`, whose erf is f64 and whose tanh is the system's.
+#[test]
+fn the_other_activations_on_the_device_equal_numerics() {
+    let case = "prim_gated_activations";
+    let (gate, up) = (floats(case, "gate"), floats(case, "up"));
+    let words: Vec<u32> = gate.iter().zip(&up).flat_map(|(gate, up)| [gate.to_bits(), up.to_bits()]).collect();
+    for activation in [
+        Activation::GeluErf,
+        Activation::Situ { beta: 4.0, linear_beta: 25.0 },
+        Activation::Situ { beta: 0.5, linear_beta: 0.25 },
+        Activation::Relu2,
+    ] {
+        let (constants, fragments) = activation_text(activation);
+        let got = map(&fragments, &constants, ACTIVATION_BODY, &words);
+        for ((gate, up), got) in gate.iter().zip(&up).zip(got) {
+            let (got, want) = (f32::from_bits(got), numerics::activate(activation, *gate, *up));
+            let [factor, other] = numerics::activate_parts(activation, *gate, *up).map(f32::abs);
+            if factor < f32::MIN_POSITIVE || other < f32::MIN_POSITIVE || want.abs() < 1e-30 {
+                // Flushed or not, it is nothing beside the other values of its row; inf times 0 may be either.
+                let nothing = got.abs() <= 1e-30f32.max(factor.max(other) * 1.2e-38) || !want.is_finite();
+                assert!(nothing || !got.is_finite(), "{activation:?}({gate}, {up}) = {got}, expected {want}");
+                continue;
+            }
+            // exp errs by 3 + 2|x| ulp: of z^2 for erf, of the gate for the others.
+            let rtol = 4e-6 + 3e-7 * (gate * gate).min(90.0).max(gate.abs().min(90.0));
+            assert!(agrees(got, want, rtol, 1e-30), "{activation:?}({gate}, {up}) = {got}, expected {want}");
         }
     }
 }

@@ -37,7 +37,16 @@ enum Role {
 
 fn role(name: &str) -> Role {
     match name {
-        "hidden_states" | "input_ids" | "topk_ids" | "topk_weights" | "output" | "output_dequant" => Role::Used,
+        "hidden_states"
+        | "input_ids"
+        | "expert_hidden_states"
+        | "router_states_in"
+        | "topk_ids"
+        | "topk_weights"
+        | "shared_gammas"
+        | "router_states_out"
+        | "output"
+        | "output_dequant" => Role::Used,
         "router_logits" => Role::Exempt,
         mark if mark.starts_with("flip_sensitive_") => Role::Exempt,
         _ => Role::Unused,
@@ -173,6 +182,14 @@ impl CaseFile {
         let tensor = self.required(batch, name)?;
         expect_shape(&tensor, &[batch.tokens, width])?;
         tensor.to_f32(batch.tokens * width)
+    }
+
+    /// A tensor [T, width] of floats, if the batch has it.
+    ///
+    /// # Errors
+    /// Misshapen.
+    pub fn optional_floats(&self, batch: &Batch, name: &str, width: usize) -> Result<Option<Vec<f32>>> {
+        self.tensor(batch, name).map(|_| self.floats(batch, name, width)).transpose()
     }
 
     /// Which of these a batch has.

@@ -90,7 +90,7 @@ pub fn compare(
     count: usize,
     outcome: &Outcome,
 ) -> Result<Comparison> {
-    let inputs = tokens.first(count, spec.hidden_size);
+    let inputs = tokens.first(count, spec);
     let routed = route(spec, &weights.router, &inputs)?;
     let found = Slots::of(&outcome.topk_ids, &outcome.topk_weights, spec.top_k);
     let expected = Slots::of(&routed.topk_ids, &routed.topk_weights, spec.top_k);
@@ -101,7 +101,7 @@ pub fn compare(
     let same = |tokens: usize| (0..tokens).filter(|token| judged.get(*token) == Some(&Experts::Same));
 
     let checkable = (BUDGET / multiply_adds(spec).max(1)).clamp(1, count.max(1));
-    let wanted = layer(spec, weights, &tokens.first(checkable, spec.hidden_size))?.output;
+    let wanted = layer(spec, weights, &tokens.first(checkable, spec))?.output;
     let output = rows(&outcome.output, spec.hidden_size, same(checkable));
     let wanted = rows(&wanted, spec.hidden_size, same(checkable));
     let found_weights = rows(&found.weights, spec.top_k, same(count));
@@ -163,7 +163,7 @@ fn judge(
     let token_ids = inputs.token_ids.map(|ids| row(ids, 1, token));
     let favoured = favour(row(&routed.logits, spec.router_outputs(), token), found);
     let hidden_states = row(inputs.hidden_states, spec.hidden_size, token);
-    let inputs = Inputs { hidden_states, token_ids, logits: Some(&favoured) };
+    let inputs = Inputs { token_ids, logits: Some(&favoured), ..Inputs::of(hidden_states) };
     let (spec, router) = (with_given_logits(spec), without_gemm(router));
     let mut ids = reference::route(&spec, &router, inputs)?.topk_ids;
     ids.sort_unstable();
@@ -182,14 +182,14 @@ fn favour(logits: &[f32], ids: &[i32]) -> Vec<f32> {
 
 fn with_given_logits(spec: &MoeSpec) -> MoeSpec {
     let mut spec = spec.clone();
-    // The reference's logits are those behind the transform.
+    // The reference's logits are those behind the rounding and the transform.
+    spec.precision.router_gemm = moewe::spec::Rounding::F32;
     spec.router = Router::Given { transform: moewe::spec::LogitTransform::None };
     spec
 }
 
 fn without_gemm<'a>(router: &RouterWeights<'a>) -> RouterWeights<'a> {
-    let RouterWeights { weight: _, bias: _, selection_bias, tid2eid } = router;
-    RouterWeights { weight: None, bias: None, selection_bias: selection_bias.clone(), tid2eid: tid2eid.clone() }
+    RouterWeights { weight: None, bias: None, input_scale: None, mlp: None, ..router.clone() }
 }
 
 /// Of one token in all experts that it passes.
@@ -218,7 +218,7 @@ mod tests {
         let resolved = families::resolve(&checkpoint, &request).unwrap();
         let (spec, weights) = (&resolved.spec, resolved.weights(&checkpoint).unwrap());
         let tokens = RandomTokens::draw(spec, 4, 0).unwrap();
-        let mut outcome = layer(spec, &weights, &tokens.first(4, spec.hidden_size)).unwrap();
+        let mut outcome = layer(spec, &weights, &tokens.first(4, spec)).unwrap();
         change(&mut outcome, spec);
         compare(spec, &weights, &tokens, 4, &outcome).unwrap().complaint()
     }

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::inputs;
 use moewe::host::{Host, Outcome, Session};
 use moewe::reference::Inputs;
 use moewe::schedule::{Contents, DECODE_TOKENS, Options, Schedule};
@@ -144,12 +145,15 @@ impl<B: Host> Runner for Planned<'_, B> {
 
 /// A result of another length would be compared in part.
 fn expect_lengths(spec: &MoeSpec, inputs: &Inputs<'_>, outcome: &Outcome, whole: bool) -> Result<()> {
-    let Outcome { topk_ids, topk_weights, output } = outcome;
-    let slots = inputs.hidden_states.len() / spec.hidden_size * spec.top_k;
+    let Outcome { topk_ids, topk_weights, shared_weights, router_states, output } = outcome;
+    let tokens = inputs.hidden_states.len() / spec.hidden_size;
+    let slots = tokens * spec.top_k;
     let values = if whole { inputs.hidden_states.len() } else { 0 };
     for (field, found, expected) in [
         ("topk_ids", topk_ids.len(), slots),
         ("topk_weights", topk_weights.len(), slots),
+        ("shared_weights", shared_weights.len(), tokens * spec.joint_shares()),
+        ("router_states", router_states.len(), tokens * inputs::state_size(&spec.router)),
         ("output", output.len(), values),
     ] {
         if found != expected {
@@ -162,16 +166,21 @@ fn expect_lengths(spec: &MoeSpec, inputs: &Inputs<'_>, outcome: &Outcome, whole:
 
 fn io_bytes(schedule: &Schedule) -> u64 {
     let callers = schedule.buffers.iter().filter(|buffer| match buffer.contents {
-        Contents::HiddenStates | Contents::TokenIds | Contents::Output => true,
+        Contents::HiddenStates
+        | Contents::TokenIds
+        | Contents::ExpertHiddenStates
+        | Contents::GivenLogits
+        | Contents::PreviousRouterStates
+        | Contents::Output => true,
         Contents::TopkIds
         | Contents::TopkWeights
+        | Contents::RouterStates
+        | Contents::SharedWeights
         | Contents::Scratch
         | Contents::Params
         | Contents::Segment { matrix: _, segment: _ }
         | Contents::Spans { matrix: _, segment: _ }
-        | Contents::ExpertSlots
-        | Contents::SelectionBias
-        | Contents::Tid2eid => false,
+        | Contents::Table(_) => false,
     });
     callers.map(|buffer| buffer.bytes).sum()
 }

@@ -4,7 +4,7 @@ use std::f64::consts::TAU;
 
 use moewe::numerics::round_to;
 use moewe::reference::Inputs;
-use moewe::spec::{FloatType, RoutingMethod};
+use moewe::spec::{ExpertInput, FloatType, Router, RoutingMethod};
 use moewe::{Error, MoeSpec, Result};
 use rayon::prelude::*;
 
@@ -14,6 +14,12 @@ pub struct RandomTokens {
     pub hidden_states: Vec<f32>,
     /// `[T]`, if the layer routes by token id.
     pub token_ids: Option<Vec<u32>>,
+    /// [T, H], if the experts read another input.
+    pub expert_hidden_states: Option<Vec<f32>>,
+    /// [T, outputs], if the caller gives the logits.
+    pub logits: Option<Vec<f32>>,
+    /// [T, S], if a state enters the router.
+    pub router_states: Option<Vec<f32>>,
 }
 
 /// Numbers of one seed: `mix(mix(seed) + index)`, where mix is one step of splitmix64 (Steele, Lea and
@@ -61,30 +67,60 @@ impl RandomTokens {
             let expected = "as many as memory holds";
             Error::invalid("tokens", tokens, expected, "ask for fewer")
         };
-        let values = tokens.checked_mul(spec.hidden_size).ok_or_else(too_many)?;
-        let mut hidden_states: Vec<f32> = Vec::new();
-        hidden_states.try_reserve_exact(values).map_err(|_| too_many())?;
-        let rows = Random::new(seed);
-        // bf16 values whatever the input type is, so that runs of one seed compare; F16 then rounds the tiny ones.
-        let value = |index: usize| round_to(FloatType::Bf16, rows.normal(index as u64) as f32);
+        let rows = |stream: u64, width: usize, to: FloatType| -> Result<Vec<f32>> {
+            let values = tokens.checked_mul(width).ok_or_else(too_many)?;
+            let mut rows: Vec<f32> = Vec::new();
+            rows.try_reserve_exact(values).map_err(|_| too_many())?;
+            let random = Random::new(seed.wrapping_add(stream));
+            // bf16 values whatever the type is, so that runs of one seed compare; F16 then rounds the tiny ones.
+            let value = |index: usize| round_to(to, round_to(FloatType::Bf16, random.normal(index as u64) as f32));
+            rows.par_extend((0..values).into_par_iter().map(value));
+            Ok(rows)
+        };
         let input = spec.precision.input;
-        hidden_states.par_extend((0..values).into_par_iter().map(|index| round_to(input, value(index))));
+        let hidden_states = rows(0, spec.hidden_size, input)?;
+        let separate = match spec.expert_input {
+            ExpertInput::Hidden => false,
+            ExpertInput::Separate => true,
+        };
+        // Streams far from each other and from any seed of a user's.
+        let expert_hidden_states = separate.then(|| rows(0x5eed_0001 << 32, spec.hidden_size, input)).transpose()?;
+        let (given, states) = match spec.router {
+            Router::Given { transform: _ } => (true, false),
+            Router::Mlp { state_size: _, rms_norm_eps: _, previous_state, format: _ } => (false, previous_state),
+            Router::Linear { input: _, format: _, bias: _, transform: _ } => (false, false),
+        };
+        let logits = given.then(|| rows(0x5eed_0002 << 32, spec.router_outputs(), FloatType::F32)).transpose()?;
+        let router_states =
+            states.then(|| rows(0x5eed_0003 << 32, state_size(&spec.router), FloatType::F32)).transpose()?;
         let ids = Random::new(!seed);
         let vocabulary = vocab_size(&spec.routing.method);
         let id = |size: usize, token: usize| (ids.bits(token as u64) % size.max(1) as u64) as u32;
         let token_ids = vocabulary.map(|size| (0..tokens).map(|token| id(size, token)).collect());
-        Ok(Self { hidden_states, token_ids })
+        Ok(Self { hidden_states, token_ids, expert_hidden_states, logits, router_states })
     }
 
     /// The first `tokens` of them.
-    pub fn first(&self, tokens: usize, hidden_size: usize) -> Inputs<'_> {
-        let values = (tokens * hidden_size).min(self.hidden_states.len());
-        let ids = self.token_ids.as_deref();
-        Inputs {
-            hidden_states: &self.hidden_states[..values],
-            token_ids: ids.map(|ids| &ids[..tokens.min(ids.len())]),
-            logits: None,
+    pub fn first(&self, tokens: usize, spec: &MoeSpec) -> Inputs<'_> {
+        fn rows<T>(values: &[T], width: usize, tokens: usize) -> &[T] {
+            &values[..(tokens * width).min(values.len())]
         }
+        let Self { hidden_states, token_ids, expert_hidden_states, logits, router_states } = self;
+        Inputs {
+            hidden_states: rows(hidden_states, spec.hidden_size, tokens),
+            token_ids: token_ids.as_ref().map(|ids| rows(ids, 1, tokens)),
+            logits: logits.as_ref().map(|logits| rows(logits, spec.router_outputs(), tokens)),
+            expert_hidden_states: expert_hidden_states.as_ref().map(|x| rows(x, spec.hidden_size, tokens)),
+            router_states: router_states.as_ref().map(|states| rows(states, state_size(&spec.router), tokens)),
+        }
+    }
+}
+
+/// Width of the router's state; 0 without one.
+pub fn state_size(router: &Router) -> usize {
+    match *router {
+        Router::Mlp { state_size, rms_norm_eps: _, previous_state: _, format: _ } => state_size,
+        Router::Linear { input: _, format: _, bias: _, transform: _ } | Router::Given { transform: _ } => 0,
     }
 }
 

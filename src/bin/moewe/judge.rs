@@ -3,12 +3,13 @@
 use moewe::families::{self, Request, Resolved};
 use moewe::host::Outcome;
 use moewe::reference::Inputs;
-use moewe::spec::{ActivationQuant, FloatType};
-use moewe::{Checkpoint, Error, Result, Scope, Unsupported};
+use moewe::spec::{ActivationQuant, ExpertInput, FloatType, Router, ZeroExpertKind, ZeroExperts};
+use moewe::{Checkpoint, Error, MoeSpec, Result, Scope, Unsupported};
 
 use crate::case_file::{Batch, CaseFile};
 use crate::cases::Case;
 use crate::engine::{Engine, Runner, Work};
+use crate::inputs;
 use crate::json::Status;
 use crate::metrics;
 
@@ -156,6 +157,7 @@ impl Verdict {
         };
         let runner = engine.plan(&resolved.spec, work, tokens)?;
         let judged = Judged { case, file: &file, resolved: &resolved, scope, allowance };
+        self.refused.extend(judged.useless(&batches));
         batches.iter().try_for_each(|batch| judged.batch(batch, runner.as_ref(), &mut self.checks))
     }
 }
@@ -185,6 +187,14 @@ struct Judged<'a> {
     allowance: Allowance,
 }
 
+/// Whether the router can choose an output that does nothing.
+fn skips(spec: &MoeSpec) -> bool {
+    match spec.routing.zero_experts {
+        Some(ZeroExperts { count: _, kind: ZeroExpertKind::Skip }) => true,
+        Some(ZeroExperts { count: _, kind: ZeroExpertKind::Identity }) | None => false,
+    }
+}
+
 /// How two lists of numbers are compared.
 #[derive(Debug, Clone, Copy)]
 enum Bound {
@@ -205,16 +215,75 @@ impl Bound {
 }
 
 impl Judged<'_> {
+    /// Inputs and expected results that this layer has no use for.
+    fn useless(&self, batches: &[Batch]) -> Vec<String> {
+        let spec = &self.resolved.spec;
+        let (separate, state_enters) = (
+            match spec.expert_input {
+                ExpertInput::Hidden => false,
+                ExpertInput::Separate => true,
+            },
+            match spec.router {
+                Router::Mlp { state_size: _, rms_norm_eps: _, previous_state, format: _ } => previous_state,
+                Router::Linear { input: _, format: _, bias: _, transform: _ } | Router::Given { transform: _ } => false,
+            },
+        );
+        let known = [
+            ("expert_hidden_states", separate),
+            ("router_states_in", state_enters),
+            ("router_states_out", inputs::state_size(&spec.router) > 0),
+            ("shared_gammas", spec.joint_shares() > 0),
+        ];
+        let has = |batch: &Batch, name: &'static str| self.file.present(batch, &[name]).is_ok();
+        let mut useless = vec![];
+        for batch in batches {
+            for (name, _) in known.iter().filter(|(name, used)| !used && has(batch, name)) {
+                useless.push(format!("{} cannot be used: config.json gives the layer none", batch.named(name)));
+            }
+        }
+        useless
+    }
+
     fn batch(&self, batch: &Batch, runner: &dyn Runner, checks: &mut Vec<Check>) -> Result<()> {
         let (file, spec) = (self.file, &self.resolved.spec);
         let hidden_states = file.hidden_states(batch, spec.hidden_size)?;
         let token_ids = file.token_ids(batch)?;
-        let inputs = Inputs { hidden_states: &hidden_states, token_ids: token_ids.as_deref(), logits: None };
-        let Outcome { topk_ids, topk_weights, output } = runner.run(&inputs)?;
+        let state_size = inputs::state_size(&spec.router);
+        let expert_hidden_states = file.optional_floats(batch, "expert_hidden_states", spec.hidden_size)?;
+        let router_states = match state_size {
+            0 => None,
+            size => file.optional_floats(batch, "router_states_in", size)?,
+        };
+        let inputs = Inputs {
+            token_ids: token_ids.as_deref(),
+            expert_hidden_states: expert_hidden_states.as_deref(),
+            router_states: router_states.as_deref(),
+            ..Inputs::of(&hidden_states)
+        };
+        let Outcome { mut topk_ids, topk_weights, shared_weights, router_states, output } = runner.run(&inputs)?;
+        let mut expected_ids = file.ids(batch, "topk_ids", spec.top_k)?;
+        if skips(spec) {
+            // A router that skips may say so with an id of no expert, or with expert 0 and weight 0.
+            for id in topk_ids.iter_mut().chain(&mut expected_ids) {
+                if usize::try_from(*id).is_ok_and(|id| id >= spec.num_experts) {
+                    *id = 0;
+                }
+            }
+        }
+        for (name, found, width) in
+            [("shared_gammas", &shared_weights, spec.joint_shares()), ("router_states_out", &router_states, state_size)]
+        {
+            if width == 0 {
+                continue;
+            }
+            if let Some(expected) = file.optional_floats(batch, name, width)? {
+                checks.push(self.weight_bound()?.check(batch.named(name), found, &expected));
+            }
+        }
 
         let (found_ids, found_weights) = metrics::sort_slots(&topk_ids, &topk_weights, spec.top_k);
-        let expected = (file.ids(batch, "topk_ids", spec.top_k)?, file.floats(batch, "topk_weights", spec.top_k)?);
-        let (ids, weights) = metrics::sort_slots(&expected.0, &expected.1, spec.top_k);
+        let expected_weights = file.floats(batch, "topk_weights", spec.top_k)?;
+        let (ids, weights) = metrics::sort_slots(&expected_ids, &expected_weights, spec.top_k);
         let error = metrics::differing(&found_ids, &ids) as f64;
         checks.push(Check { name: batch.named("topk_ids"), error, tolerance: 0.0 });
         checks.push(self.weight_bound()?.check(batch.named("topk_weights"), &found_weights, &weights));

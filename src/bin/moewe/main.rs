@@ -108,6 +108,9 @@ struct RunOptions {
     /// Run-time quantisation of what FP8 experts read: none, dynamic or dynamic-ue8m0.
     #[arg(long, value_name = "SCHEME", default_value = "none")]
     activations: String,
+    /// First look at every weight, and fail with the names of tensors that hold NaN or infinities.
+    #[arg(long)]
+    scan: bool,
     /// Print one JSON object instead of text.
     #[arg(long)]
     json: bool,

@@ -6,6 +6,7 @@ use moewe::{MoeSpec, MoeWeights, Result, RouterWeights};
 use rayon::prelude::*;
 
 use crate::engine::{Engine, Memory, Runner, Timing, Work};
+use crate::inputs;
 
 /// The reference.
 pub struct Reference;
@@ -13,7 +14,7 @@ pub struct Reference;
 impl Engine for Reference {
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, _max_tokens: usize) -> Result<Box<dyn Runner + 'a>> {
         // A call without tokens checks what each call with some would.
-        let nothing = Inputs { hidden_states: &[], token_ids: None, logits: None };
+        let nothing = Inputs::of(&[]);
         match work {
             Work::Layer(weights) => reference::layer(spec, weights, nothing).map(|_| ())?,
             Work::Routing(router) => reference::route(spec, router, nothing).map(|_| ())?,
@@ -32,8 +33,9 @@ impl Runner for Planned<'_> {
         match self.work {
             Work::Layer(weights) => layer(self.spec, weights, inputs),
             Work::Routing(router) => {
-                let Routed { logits: _, topk_ids, topk_weights } = route(self.spec, router, inputs)?;
-                Ok(Outcome { topk_ids, topk_weights, output: vec![] })
+                let Routed { logits: _, topk_ids, topk_weights, shared_weights, router_states } =
+                    route(self.spec, router, inputs)?;
+                Ok(Outcome { topk_ids, topk_weights, shared_weights, router_states, output: vec![] })
             }
         }
     }
@@ -51,35 +53,52 @@ impl Runner for Planned<'_> {
 pub fn route(spec: &MoeSpec, router: &RouterWeights<'_>, inputs: &Inputs<'_>) -> Result<Routed> {
     let parts: Vec<Routed> =
         rows(spec, inputs).map(|row| reference::route(spec, router, row)).collect::<Result<_>>()?;
-    let mut all = Routed { logits: vec![], topk_ids: vec![], topk_weights: vec![] };
-    for Routed { logits, topk_ids, topk_weights } in parts {
-        all.logits.extend(logits);
-        all.topk_ids.extend(topk_ids);
-        all.topk_weights.extend(topk_weights);
+    let mut all = nothing();
+    for part in parts {
+        append(&mut all, part);
     }
     Ok(all)
+}
+
+fn nothing() -> Routed {
+    Routed { logits: vec![], topk_ids: vec![], topk_weights: vec![], shared_weights: vec![], router_states: vec![] }
+}
+
+fn append(all: &mut Routed, part: Routed) {
+    let Routed { logits, topk_ids, topk_weights, shared_weights, router_states } = part;
+    all.logits.extend(logits);
+    all.topk_ids.extend(topk_ids);
+    all.topk_weights.extend(topk_weights);
+    all.shared_weights.extend(shared_weights);
+    all.router_states.extend(router_states);
 }
 
 /// [`reference::layer`], tokens in parallel.
 pub fn layer(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: &Inputs<'_>) -> Result<Outcome> {
     let parts: Vec<reference::Layer> =
         rows(spec, inputs).map(|row| reference::layer(spec, weights, row)).collect::<Result<_>>()?;
-    let mut all = Outcome { topk_ids: vec![], topk_weights: vec![], output: vec![] };
-    for reference::Layer { routed: Routed { logits: _, topk_ids, topk_weights }, output } in parts {
-        all.topk_ids.extend(topk_ids);
-        all.topk_weights.extend(topk_weights);
-        all.output.extend(output);
+    let (mut all, mut output) = (nothing(), vec![]);
+    for part in parts {
+        append(&mut all, part.routed);
+        output.extend(part.output);
     }
-    Ok(all)
+    let Routed { logits: _, topk_ids, topk_weights, shared_weights, router_states } = all;
+    Ok(Outcome { topk_ids, topk_weights, shared_weights, router_states, output })
 }
 
 /// One input a token. What is left of a broken row stays a row, for the reference to refuse.
 fn rows<'a>(spec: &MoeSpec, inputs: &Inputs<'a>) -> impl IndexedParallelIterator<Item = Inputs<'a>> {
-    let Inputs { hidden_states, token_ids, logits } = *inputs;
-    let outputs = spec.router_outputs();
-    hidden_states.par_chunks(spec.hidden_size.max(1)).enumerate().map(move |(token, hidden_states)| Inputs {
+    let Inputs { hidden_states, token_ids, logits, expert_hidden_states, router_states } = *inputs;
+    let (hidden_size, outputs) = (spec.hidden_size.max(1), spec.router_outputs());
+    let state_size = inputs::state_size(&spec.router);
+    fn row<T>(values: Option<&[T]>, width: usize, token: usize) -> Option<&[T]> {
+        values.map(|values| values.get(token * width..(token + 1) * width).unwrap_or(&[]))
+    }
+    hidden_states.par_chunks(hidden_size).enumerate().map(move |(token, hidden_states)| Inputs {
         hidden_states,
-        token_ids: token_ids.map(|ids| ids.get(token..=token).unwrap_or(&[])),
-        logits: logits.map(|logits| logits.get(token * outputs..(token + 1) * outputs).unwrap_or(&[])),
+        token_ids: row(token_ids, 1, token),
+        logits: row(logits, outputs, token),
+        expert_hidden_states: row(expert_hidden_states, hidden_size, token),
+        router_states: row(router_states, state_size, token),
     })
 }

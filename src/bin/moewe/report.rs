@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 
 use moewe::families::Resolved;
+use moewe::weights::Damage;
 use serde_json::{Map, Value, json};
 
 use crate::backends::PassedOver;
@@ -33,6 +34,8 @@ pub struct Report {
     pub seed: u64,
     /// The layer, once resolved.
     pub layer: Option<Layer>,
+    /// Matrices with weights that are no finite numbers, if they were looked for.
+    pub damage: Option<Vec<Damage>>,
     /// What was measured, once it ran.
     pub measured: Option<Measured>,
 }
@@ -127,7 +130,8 @@ impl Report {
     }
 
     fn json(&self) -> Value {
-        let Self { status, reason, backend, adapter, passed_over, checkpoint, tokens, seed, layer, measured } = self;
+        let Self { status, reason, backend, adapter, passed_over, checkpoint, tokens, seed, layer, damage, measured } =
+            self;
         let layer = layer.as_ref();
         let timing = measured.as_ref().and_then(|measured| measured.timing.as_ref());
         let memory = measured.as_ref().and_then(|measured| measured.memory);
@@ -153,6 +157,7 @@ impl Report {
             "unknown_keys": layer.map_or(&[][..], |layer| &layer.unknown_keys),
             "notes": layer.map_or(&[][..], |layer| &layer.notes),
             "spec": layer.map(spec),
+            "damage": damage.as_ref().map(|damage| damage.iter().map(damage_json).collect::<Vec<_>>()),
             "memory": memory.map(|Memory { weights, scratch, io }| {
                 json!({"weights_bytes": weights, "scratch_bytes": scratch, "io_bytes": io})
             }),
@@ -175,6 +180,9 @@ impl Report {
         page.line("tokens", &format!("{}, seed {}", self.tokens, self.seed));
         if let Some(layer) = &self.layer {
             page.layer(layer);
+        }
+        if let Some(damage) = &self.damage {
+            page.damage(damage);
         }
         if let Some(measured) = &self.measured {
             self.measured(&mut page, measured);
@@ -204,6 +212,11 @@ impl Report {
         page.title(&format!("tokens per expert ({} experts, {idle} idle)", counts.len()));
         page.0.push_str(&chart::draw(counts));
     }
+}
+
+fn damage_json(damage: &Damage) -> Value {
+    let Damage { tensor, matrix, count, first } = damage;
+    json!({"tensor": tensor, "matrix": matrix, "not_finite": count, "first": first})
 }
 
 fn stages_json(timing: &Timing) -> Vec<Value> {
@@ -255,6 +268,16 @@ impl Page {
         self.title("spec");
         for (path, value) in spec {
             self.entry(path, value);
+        }
+    }
+
+    fn damage(&mut self, damage: &[Damage]) {
+        self.title("weights that are NaN or infinite");
+        for Damage { tensor, matrix, count, first: [row, col] } in damage {
+            self.entry(tensor, &format!("{count}, the first at row {row}, column {col} of {matrix}"));
+        }
+        if damage.is_empty() {
+            self.entry("none", "");
         }
     }
 

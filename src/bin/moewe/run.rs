@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use moewe::families::{self, Resolved};
-use moewe::{Checkpoint, Error, Result};
+use moewe::families;
+use moewe::weights::Damage;
+use moewe::{Error, MoeSpec, MoeWeights, Result};
 
 use crate::backends::{self, BackendName, Choice};
 use crate::chart;
@@ -32,6 +33,7 @@ pub fn run(folder: Option<&Path>, options: &RunOptions) -> Exit {
         tokens: options.tokens,
         seed: options.seed,
         layer: None,
+        damage: None,
         measured: None,
     };
     let outcome = fill(&mut report, folder, options, engine);
@@ -72,26 +74,38 @@ fn fill(
     let layer = Layer::of(&resolved);
     report::warn_of_unknown_keys(&layer.unknown_keys);
     report.layer = Some(layer);
-    report.measured = Some(measure(&checkpoint, &resolved, options, engine?.as_ref())?);
+    let weights = resolved.weights(&checkpoint)?;
+    if options.scan {
+        let damage = weights.scan();
+        let damaged = damage.first().map(|first| complaint(first, damage.len()));
+        report.damage = Some(damage);
+        damaged.map_or(Ok(()), Err)?;
+    }
+    report.measured = Some(measure(&resolved.spec, &weights, options, engine?.as_ref())?);
     Ok(())
 }
 
-fn measure(
-    checkpoint: &Checkpoint,
-    resolved: &Resolved,
-    options: &RunOptions,
-    engine: &dyn Engine,
-) -> Result<Measured, Error> {
-    let spec = &resolved.spec;
-    let weights = resolved.weights(checkpoint)?;
-    let runner = engine.plan(spec, Work::Layer(&weights), options.tokens)?;
+/// The error that a scan ends with.
+fn complaint(first: &Damage, tensors: usize) -> Error {
+    let Damage { tensor, matrix, count, first: [row, col] } = first;
+    let others = if tensors > 1 { format!("; {} more matrices have some", tensors - 1) } else { String::new() };
+    Error::invalid(
+        tensor.clone(),
+        format!("{count} weights that are NaN or infinite, the first at row {row}, column {col} of {matrix}{others}"),
+        "finite numbers",
+        "the checkpoint is damaged: download or convert it again",
+    )
+}
+
+fn measure(spec: &MoeSpec, weights: &MoeWeights<'_>, options: &RunOptions, engine: &dyn Engine) -> Result<Measured> {
+    let runner = engine.plan(spec, Work::Layer(weights), options.tokens)?;
     let tokens = RandomTokens::draw(spec, options.tokens, options.seed)?;
-    let outcome = runner.run(&tokens.first(options.tokens, spec.hidden_size))?;
+    let outcome = runner.run(&tokens.first(options.tokens, spec))?;
     let comparison = match options.device.backend {
         // It would be compared with itself.
         BackendName::Reference => None,
         BackendName::Auto | BackendName::Cpu | BackendName::Wgpu | BackendName::Cuda => {
-            Some(check::compare(spec, &weights, &tokens, options.tokens, &outcome)?)
+            Some(check::compare(spec, weights, &tokens, options.tokens, &outcome)?)
         }
     };
     Ok(Measured {

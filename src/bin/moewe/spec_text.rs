@@ -19,6 +19,7 @@ pub fn fields(spec: &MoeSpec) -> Vec<(String, String)> {
         lora,
         expert_input,
         output_bias,
+        output_norm,
         placement,
         shard,
         entry,
@@ -36,6 +37,7 @@ pub fn fields(spec: &MoeSpec) -> Vec<(String, String)> {
     lines.lora(lora.as_ref());
     lines.add("expert_input", expert_input);
     lines.add("output_bias", output_bias);
+    lines.add("output_norm", output_norm);
     lines.add("placement", placement);
     lines.add("shard", shard);
     lines.add("entry", entry);
@@ -59,7 +61,9 @@ impl Lines {
                 self.add("router.linear.bias", bias);
                 self.add("router.linear.transform", transform);
             }
-            Router::Mlp { state_size, rms_norm_eps } => {
+            Router::Mlp { state_size, rms_norm_eps, previous_state, format } => {
+                self.add("router.mlp.previous_state", previous_state);
+                self.add("router.mlp.format", format);
                 self.add("router.mlp.state_size", state_size);
                 self.add("router.mlp.rms_norm_eps", rms_norm_eps);
             }
@@ -137,6 +141,7 @@ impl Lines {
             model,
             router_gemm,
             routing_weights,
+            weighted_input,
             gate_up,
             activation,
             combine,
@@ -148,6 +153,7 @@ impl Lines {
         self.add("precision.model", model);
         self.add("precision.router_gemm", router_gemm);
         self.add("precision.routing_weights", routing_weights);
+        self.add("precision.weighted_input", weighted_input);
         self.add("precision.gate_up", gate_up);
         self.add("precision.activation", activation);
         self.add("precision.combine", combine);

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{Said, arguments, backends, configure, copy_case, moewe, text};
 use crate::samples::{golden, says};
 
-const KEYS: [&str; 21] = [
+const KEYS: [&str; 22] = [
     "status",
     "reason",
     "backend",
@@ -21,6 +21,7 @@ const KEYS: [&str; 21] = [
     "unknown_keys",
     "notes",
     "spec",
+    "damage",
     "memory",
     "stages",
     "timing_method",
@@ -237,4 +238,42 @@ fn usage_is_exit_2() {
         assert_eq!((said.code, said.stdout.as_str()), (2, ""), "{args:?}");
     }
     assert_eq!(moewe(["--help"]).code, 0);
+}
+
+#[test]
+fn a_scan_names_the_tensors_that_hold_what_is_no_number() {
+    let (clean, code) = report(None, "reference", &["--scan"]);
+    assert_eq!((&clean["damage"], code), (&json!([]), 0));
+    assert_eq!(report(None, "reference", &[]).0["damage"], Value::Null);
+
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("mixtral");
+    copy_case("mixtral", &folder);
+    let path = folder.join("weights.safetensors");
+    let mut file = std::fs::read(&path).unwrap();
+    let at = {
+        let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+        let data = tensors.tensor("model.layers.2.block_sparse_moe.experts.5.w3.weight").unwrap().data().as_ptr();
+        data as usize - file.as_ptr() as usize
+    };
+    // bf16 NaN at row 1, column 3, and infinity behind it.
+    let cell = at + 2 * (160 + 3);
+    file[cell..cell + 4].copy_from_slice(&[0xc0, 0x7f, 0x80, 0x7f]);
+    std::fs::write(&path, file).unwrap();
+    let folder = text(&folder);
+    for backend in backends() {
+        let (found, code) = report(Some(folder), backend, &["--scan"]);
+        assert_eq!((&found["status"], code), (&json!("fail"), 1));
+        let expected = json!([{
+            "tensor": "model.layers.2.block_sparse_moe.experts.5.w3.weight",
+            "matrix": "experts[5].up",
+            "not_finite": 2,
+            "first": [1, 3],
+        }]);
+        assert_eq!(found["damage"], expected);
+        says(found["reason"].as_str().unwrap(), &["experts.5.w3.weight", "2 weights", "row 1, column 3"]);
+    }
+    // Without a scan they propagate, on the backend as in the reference.
+    let (found, code) = report(Some(folder), "cpu", &["--tokens", "64"]);
+    assert_eq!((&found["status"], code), (&json!("pass"), 0));
 }

@@ -4,13 +4,12 @@
 //! and every consumer destructures it with every field named, so a new field does not compile
 //! until each consumer says what it does with it.
 //!
-//! A long file on purpose: the whole vocabulary in one place, and beside it `validate`, so that a new field
-//! meets its rule where it is written.
+//! A long file on purpose: the whole vocabulary in one place. `validate.rs` beside it has the rules.
 //!
 //! Notation of the docs: T tokens, E experts, k = `top_k`, H = `hidden_size`, I = `intermediate_size`,
 //! x one row of hidden states, l logits, s scores, w routing weights.
 
-use crate::error::{Error, Result};
+mod validate;
 
 /// One Mixture-of-Experts layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,6 +36,8 @@ pub struct MoeSpec {
     pub expert_input: ExpertInput,
     /// A bias `[H]` on the routed sum (JetMoE).
     pub output_bias: bool,
+    /// A norm on the layer's output, shared experts included (A.X-K1).
+    pub output_norm: Option<OutputNorm>,
     /// Which experts this device holds.
     pub placement: Placement,
     /// Which part of the intermediate size this device holds.
@@ -61,12 +62,17 @@ pub enum Router {
         /// What is done to the logits before the score.
         transform: LogitTransform,
     },
-    /// Zaya: down-projection with state from the previous MoE layer, norm, two erf-GELU layers, output.
+    /// Zaya: `h = W_d x + b_d (+ state of the previous MoE layer * router_states_scale)`, then
+    /// `l = W_o gelu(W_2 gelu(W_1 rms_norm(h) + b_1) + b_2)` with the erf GELU. h is the state that leaves.
     Mlp {
-        /// Width of the router's state.
+        /// S: width of the router's state.
         state_size: usize,
         /// Epsilon of its RMS norm.
         rms_norm_eps: f32,
+        /// Whether a state [T, S] enters; it does in all MoE layers but the first.
+        previous_state: bool,
+        /// Type of its matrices.
+        format: WeightFormat,
     },
     /// The caller gives f32 logits.
     Given {
@@ -80,7 +86,7 @@ pub enum Router {
 pub enum RouterInput {
     /// Nothing.
     Hidden,
-    /// Gemma-4: `rms_norm(x) * scale_vec * H^-0.5`, norm without weight.
+    /// Gemma-4: `rms_norm(x) * scale * H^-0.5`, a norm without weight, then a learned scale `[H]`.
     RmsNormScaled {
         /// Epsilon of the norm.
         eps: f32,
@@ -149,16 +155,18 @@ pub enum RoutingMethod {
         /// Rows of `tid2eid`.
         vocab_size: usize,
     },
-    /// Inkling: sigmoid + bias selects; weights are normalised over the chosen and the shared logits.
+    /// Inkling: sigmoid + bias selects; `w = sigmoid(l) / D`, D the sum of the sigmoids of the k chosen and of
+    /// the shared logits. The shared experts' w are their shares ([`SharedGate::Joint`]).
     JointNorm {
-        /// Shared experts, whose logits stand last.
+        /// n: shared experts, whose logits stand last.
         num_shared: usize,
-        /// Learned factor on all weights.
+        /// A learned factor on all weights, shares included.
         global_scale: bool,
     },
-    /// Phi-MoE: two rounds of argmax, each with a softmax over the near-maximal logits.
+    /// Phi-MoE: twice the largest logit m (the second time without the first), each weighed by a softmax
+    /// over the logits that [`RoutingMethod::Sparsemixer::router_jitter_noise`] leaves.
     Sparsemixer {
-        /// `router_jitter_noise`: relative width of "near-maximal" is twice this.
+        /// An expert e is left out of the softmax if `(l_m - l_e) / max(|l_e|, l_m)` exceeds twice this.
         router_jitter_noise: f32,
     },
 }
@@ -235,7 +243,7 @@ pub enum Denominator {
     },
     /// `sum > 0 ? sum : 1`.
     SumOrOne,
-    /// `(sum w^p)^(1/p)` (DBRX).
+    /// `(sum |w|^p)^(1/p)` (DBRX).
     PNorm {
         /// p.
         p: f32,
@@ -247,7 +255,8 @@ pub enum Denominator {
 pub enum WeightPosition {
     /// On the expert's output, in the weighted sum.
     Output,
-    /// On x before the first GEMM and before its quantisation (Llama-4); the sum is then unweighted.
+    /// On x before the first GEMM and before its quantisation (Llama-4); the sum is then unweighted, but for
+    /// zero experts, which have no GEMM.
     Input,
     /// On the activation before the second GEMM and its quantisation (DeepSeek-V4's own code).
     BeforeDown,
@@ -426,7 +435,8 @@ pub enum ActivationScale {
     Ue8m0Packed,
 }
 
-/// An MLP that every token passes. n shared experts of width I are one MLP of width n * I.
+/// An MLP that every token passes. n shared experts of width I are one MLP of width n * I, except under
+/// [`SharedGate::Joint`]. Reads what the routed experts read, unweighted.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SharedExperts {
     /// Its matrices and activation, clamp included: a field of its own, not the routed one.
@@ -447,6 +457,8 @@ pub enum SharedGate {
         /// Type of the gate's row [1, H].
         format: WeightFormat,
     },
+    /// Its share from [`RoutingMethod::JointNorm`], which has n shared experts: n MLPs of this shape.
+    Joint,
 }
 
 /// How the shared expert joins the routed sum.
@@ -458,7 +470,7 @@ pub enum SharedCombination {
     Average,
 }
 
-/// Projections around the routed experts. Router and shared expert stay at H.
+/// Projections around the routed experts. Router and shared expert stay at H. rho acts before the up-projection.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Latent {
     /// Width at which the routed experts work.
@@ -474,18 +486,26 @@ pub struct Latent {
 pub enum LatentNorm {
     /// None (Nemotron).
     None,
-    /// On the reduced sum before the up-projection (Kimi K3).
+    /// `rms_norm(sum) * weight` on the reduced sum before the up-projection (Kimi K3).
     Reduced {
         /// Epsilon.
         eps: f32,
     },
-    /// Before the experts, and after each expert (Muse-Spark).
+    /// `rms_norm(z) * pre` before the experts, `rms_norm(f * post)` after each expert and before its routing
+    /// weight (Muse-Spark): the first weight acts behind its norm, the second before it.
     PreAndPost {
         /// Epsilon of the first.
         pre_eps: f32,
         /// Epsilon of the second.
         post_eps: f32,
     },
+}
+
+/// `rms_norm(output) * weight`, weight `[H]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OutputNorm {
+    /// Epsilon.
+    pub eps: f32,
 }
 
 /// Low-rank adapters: `G1 += B13 (A13 x)`, `G2 += w B2 (A2 h)`; alpha / r is folded into B.
@@ -513,7 +533,7 @@ pub enum LoraDelta {
 pub enum ExpertInput {
     /// The rows that the router read.
     Hidden,
-    /// A second input of the same shape (Gemma-4).
+    /// A second input of the same shape, for routed, shared and zero experts (Gemma-4).
     Separate,
 }
 
@@ -596,9 +616,11 @@ pub struct Precision {
     pub model: FloatType,
     /// Logits.
     pub router_gemm: Rounding,
-    /// Routing weights.
+    /// Routing weights, at the end of the routing.
     pub routing_weights: Rounding,
-    /// Gate and up before the activation.
+    /// `x * w` of [`WeightPosition::Input`].
+    pub weighted_input: Rounding,
+    /// Gate and up before the activation, with their bias.
     pub gate_up: Rounding,
     /// The activation's steps.
     pub activation: ActivationRounding,
@@ -622,20 +644,22 @@ pub enum Rounding {
 /// Roundings inside the activation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ActivationRounding {
-    /// All f32 (P-fused).
+    /// None: what the second GEMM reads stays f32.
+    F32,
+    /// P-fused: one rounding of what the second GEMM reads.
     Fused,
-    /// gate and up, then silu, then the product are rounded (P-torch).
+    /// P-torch: also the gate's factor (`silu(gate)`) and up's before their product, and the product.
     Torch,
 }
 
 /// Roundings of the weighted sum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CombineRounding {
-    /// C1: unweighted f32 rows, f32 sum, one cast.
+    /// C1: unweighted f32 rows, f32 sum, one cast. With [`WeightPosition::BeforeDown`] this is C4.
     F32,
     /// C2: weighted rows rounded, f32 sum.
     WeightedRows,
-    /// C3: products and partial sums rounded.
+    /// C3: rows, products and partial sums rounded, and so is each step with rho, bias and shared expert.
     EveryStep,
 }
 
@@ -644,7 +668,7 @@ pub enum CombineRounding {
 pub enum CombineOrder {
     /// Slots 0..k, as selected.
     Slot,
-    /// Ascending expert id.
+    /// Ascending expert id, repeated ids by slot.
     Expert,
 }
 
@@ -666,8 +690,9 @@ impl Precision {
             model: FloatType::F32,
             router_gemm: Rounding::F32,
             routing_weights: Rounding::F32,
+            weighted_input: Rounding::F32,
             gate_up: Rounding::F32,
-            activation: ActivationRounding::Fused,
+            activation: ActivationRounding::F32,
             combine: CombineRounding::F32,
             combine_order: CombineOrder::Slot,
             block_scale: BlockScale::Exact,
@@ -681,12 +706,46 @@ pub const MAX_ROUTER_OUTPUTS: usize = 1024;
 pub(crate) const MAX_WIDTH: usize = 1 << 20;
 
 impl MoeSpec {
-    /// E plus zero experts: width of the logits.
-    pub fn router_outputs(&self) -> usize {
+    /// E plus zero experts: what a token can be routed to.
+    pub fn selectable(&self) -> usize {
         self.num_experts.saturating_add(self.routing.zero_experts.map_or(0, |zero| zero.count))
     }
 
-    /// Whether the selection adds `e_score_correction_bias`.
+    /// Width of the logits: the selectable outputs, and the shared experts' under joint normalisation.
+    pub fn router_outputs(&self) -> usize {
+        self.selectable().saturating_add(self.joint_shares())
+    }
+
+    /// n of [`RoutingMethod::JointNorm`], else 0.
+    pub fn joint_shares(&self) -> usize {
+        match &self.routing.method {
+            RoutingMethod::JointNorm { num_shared, global_scale: _ } => *num_shared,
+            RoutingMethod::TopK { score: _, key: _, groups: _ }
+            | RoutingMethod::TopKThenScore { score: _ }
+            | RoutingMethod::Hash { score: _, vocab_size: _ }
+            | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => 0,
+        }
+    }
+
+    /// MLPs of [`MoeSpec::shared`]: none, one, or n under [`SharedGate::Joint`].
+    pub fn shared_mlps(&self) -> usize {
+        match &self.shared {
+            None => 0,
+            Some(SharedExperts { mlp: _, gate: SharedGate::None, combination: _ })
+            | Some(SharedExperts { mlp: _, gate: SharedGate::Sigmoid { format: _ }, combination: _ }) => 1,
+            Some(SharedExperts { mlp: _, gate: SharedGate::Joint, combination: _ }) => self.joint_shares(),
+        }
+    }
+
+    /// Width at which the routed experts work: H, or the latent size.
+    pub fn expert_width(&self) -> usize {
+        match &self.latent {
+            None => self.hidden_size,
+            Some(Latent { size, format: _, norm: _ }) => *size,
+        }
+    }
+
+    /// Whether the selection adds `e_score_correction_bias`, one for each selectable output.
     pub fn has_selection_bias(&self) -> bool {
         match &self.routing.method {
             RoutingMethod::TopK { score: _, key, groups: _ } => match key {
@@ -699,360 +758,14 @@ impl MoeSpec {
             | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => false,
         }
     }
-
-    /// Checks every rule that needs no device.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] with the field, its value, the rule and the remedy.
-    pub fn validate(&self) -> Result<()> {
-        let Self {
-            hidden_size,
-            num_experts,
-            top_k,
-            router,
-            routing,
-            experts,
-            shared,
-            latent,
-            lora,
-            expert_input,
-            output_bias: true | false,
-            placement,
-            shard,
-            entry,
-            precision,
-        } = self;
-        width("hidden_size", *hidden_size)?;
-        let outputs = self.router_outputs();
-        if *num_experts == 0 || outputs > MAX_ROUTER_OUTPUTS {
-            return Err(Error::invalid(
-                "num_experts",
-                outputs,
-                format!("1 to {MAX_ROUTER_OUTPUTS} router outputs"),
-                "correct num_experts or zero_experts",
-            ));
-        }
-        if *top_k == 0 || *top_k > outputs {
-            return Err(Error::invalid(
-                "top_k",
-                top_k,
-                format!("1 to {outputs} (the router's outputs)"),
-                "choose at most as many experts as there are",
-            ));
-        }
-        router.validate()?;
-        routing.validate(outputs, *top_k)?;
-        experts.validate("experts")?;
-        if let Some(SharedExperts { mlp, gate, combination: SharedCombination::Sum | SharedCombination::Average }) =
-            shared
-        {
-            mlp.validate("shared.mlp")?;
-            match gate {
-                SharedGate::None => {}
-                SharedGate::Sigmoid { format } => format.validate("shared.gate.format")?,
-            }
-        }
-        if let Some(Latent { size, format, norm }) = latent {
-            width("latent.size", *size)?;
-            format.validate("latent.format")?;
-            match norm {
-                LatentNorm::None => {}
-                LatentNorm::Reduced { eps } => positive("latent.norm.eps", *eps)?,
-                LatentNorm::PreAndPost { pre_eps, post_eps } => {
-                    positive("latent.norm.pre_eps", *pre_eps)?;
-                    positive("latent.norm.post_eps", *post_eps)?;
-                }
-            }
-        }
-        if let Some(Lora { num_adapters, rank, delta: LoraDelta::F32 | LoraDelta::Model }) = lora {
-            width("lora.num_adapters", *num_adapters)?;
-            width("lora.rank", *rank)?;
-        }
-        match expert_input {
-            ExpertInput::Hidden | ExpertInput::Separate => {}
-        }
-        match placement {
-            Placement::All => {}
-            Placement::Range { first, count } => {
-                if first.checked_add(*count).is_none_or(|end| end > *num_experts) {
-                    return Err(Error::invalid(
-                        "placement",
-                        format!("{first} + {count}"),
-                        format!("a range inside 0..{num_experts}"),
-                        "correct the expert range of this device",
-                    ));
-                }
-            }
-            Placement::Map { slots } => {
-                if slots.len() != *num_experts {
-                    return Err(Error::invalid(
-                        "placement.slots",
-                        format!("{} entries", slots.len()),
-                        format!("{num_experts}, one an expert"),
-                        "give a slot or -1 for each expert",
-                    ));
-                }
-            }
-        }
-        match shard {
-            TensorShard::Whole => {}
-            TensorShard::Part { first, size, owns_down_bias: true | false } => {
-                let whole = experts.intermediate_size;
-                if *size == 0 || first.checked_add(*size).is_none_or(|end| end > whole) {
-                    return Err(Error::invalid(
-                        "shard",
-                        format!("{first} + {size}"),
-                        format!("a part of 0..{whole}"),
-                        "correct the shard of intermediate_size",
-                    ));
-                }
-            }
-        }
-        match entry {
-            Entry::TokenMajor => {}
-            Entry::Batched { capacity } => width("entry.capacity", *capacity)?,
-        }
-        let Precision {
-            input: FloatType::F32 | FloatType::F16 | FloatType::Bf16,
-            output: FloatType::F32 | FloatType::F16 | FloatType::Bf16,
-            model: FloatType::F32 | FloatType::F16 | FloatType::Bf16,
-            router_gemm: Rounding::F32 | Rounding::Model,
-            routing_weights: Rounding::F32 | Rounding::Model,
-            gate_up: Rounding::F32 | Rounding::Model,
-            activation: ActivationRounding::Fused | ActivationRounding::Torch,
-            combine: CombineRounding::F32 | CombineRounding::WeightedRows | CombineRounding::EveryStep,
-            combine_order: CombineOrder::Slot | CombineOrder::Expert,
-            block_scale: BlockScale::Exact | BlockScale::Folded,
-        } = precision;
-        Ok(())
-    }
 }
 
-impl Router {
-    fn validate(&self) -> Result<()> {
-        let transform = match self {
-            Self::Linear { input, format, bias: true | false, transform } => {
-                match input {
-                    RouterInput::Hidden => {}
-                    RouterInput::RmsNormScaled { eps } => positive("router.input.eps", *eps)?,
-                }
-                format.validate("router.format")?;
-                *transform
-            }
-            Self::Mlp { state_size, rms_norm_eps } => {
-                width("router.state_size", *state_size)?;
-                positive("router.rms_norm_eps", *rms_norm_eps)?;
-                LogitTransform::None
-            }
-            Self::Given { transform } => *transform,
-        };
-        match transform {
-            LogitTransform::None => Ok(()),
-            LogitTransform::SoftCap { cap } => positive("router.transform.cap", cap),
-            LogitTransform::Multiply { factor } => finite("router.transform.factor", factor),
+impl Precision {
+    /// The type that a step rounds to: f32 where it does not.
+    pub fn rounded(&self, rounding: Rounding) -> FloatType {
+        match rounding {
+            Rounding::F32 => FloatType::F32,
+            Rounding::Model => self.model,
         }
     }
-}
-
-impl Routing {
-    fn validate(&self, outputs: usize, top_k: usize) -> Result<()> {
-        let Self {
-            method,
-            renormalize,
-            routed_scaling_factor,
-            apply_routed_scale_to_output: true | false,
-            per_expert_scale: true | false,
-            weight_position: WeightPosition::Output | WeightPosition::Input | WeightPosition::BeforeDown,
-            zero_experts,
-            nan_policy: NanPolicy::Zero | NanPolicy::Propagate,
-        } = self;
-        finite("routing.routed_scaling_factor", *routed_scaling_factor)?;
-        match zero_experts {
-            None => {}
-            Some(ZeroExperts { count, kind: ZeroExpertKind::Identity | ZeroExpertKind::Skip }) => {
-                width("routing.zero_experts.count", *count)?;
-            }
-        }
-        match renormalize {
-            None | Some(Denominator::Sum | Denominator::SumOrOne) => {}
-            Some(Denominator::SumPlus { eps }) => positive("routing.renormalize.eps", *eps)?,
-            Some(Denominator::AtLeast { floor }) => positive("routing.renormalize.floor", *floor)?,
-            Some(Denominator::PNorm { p }) => positive("routing.renormalize.p", *p)?,
-        }
-        match method {
-            RoutingMethod::TopK {
-                score: Score::Softmax | Score::Sigmoid | Score::SqrtSoftplus | Score::Identity,
-                key: SelectionKey::Score | SelectionKey::ScorePlusBias | SelectionKey::LogitPlusBias,
-                groups,
-            } => match groups {
-                None => Ok(()),
-                Some(groups) => groups.validate(outputs, top_k),
-            },
-            RoutingMethod::TopKThenScore { score: ChosenScore::Softmax | ChosenScore::Sigmoid } => Ok(()),
-            RoutingMethod::Hash {
-                score: Score::Softmax | Score::Sigmoid | Score::SqrtSoftplus | Score::Identity,
-                vocab_size,
-            } => {
-                if *vocab_size == 0 || *vocab_size > i32::MAX as usize / top_k {
-                    return Err(Error::invalid(
-                        "routing.method.vocab_size",
-                        vocab_size,
-                        "1 or more, with vocab_size * top_k below 2^31",
-                        "correct the rows of tid2eid",
-                    ));
-                }
-                Ok(())
-            }
-            RoutingMethod::JointNorm { num_shared, global_scale: true | false } => {
-                width("routing.method.num_shared", *num_shared)
-            }
-            RoutingMethod::Sparsemixer { router_jitter_noise } => {
-                finite("routing.method.router_jitter_noise", *router_jitter_noise)?;
-                if top_k != 2 {
-                    return Err(Error::invalid("top_k", top_k, "2 with sparsemixer", "correct top_k"));
-                }
-                Ok(())
-            }
-        }
-    }
-}
-
-impl Groups {
-    fn validate(&self, outputs: usize, top_k: usize) -> Result<()> {
-        let Self { n_group, topk_group, score } = self;
-        if *n_group == 0 || !outputs.is_multiple_of(*n_group) {
-            return Err(Error::invalid(
-                "routing.groups.n_group",
-                n_group,
-                format!("a divisor of {outputs} experts"),
-                "correct n_group",
-            ));
-        }
-        if *topk_group == 0 || topk_group > n_group {
-            return Err(Error::invalid(
-                "routing.groups.topk_group",
-                topk_group,
-                format!("1 to n_group = {n_group}"),
-                "correct topk_group",
-            ));
-        }
-        let size = outputs / n_group;
-        match score {
-            GroupScore::MaxOfScore => {}
-            GroupScore::Top2SumOfKey | GroupScore::Top2SumOfScore => {
-                if size < 2 {
-                    return Err(Error::invalid(
-                        "routing.groups.n_group",
-                        n_group,
-                        "groups of at least 2 experts for a sum of two",
-                        "correct n_group",
-                    ));
-                }
-            }
-        }
-        if top_k > topk_group * size {
-            return Err(Error::invalid(
-                "top_k",
-                top_k,
-                format!("at most {} ({topk_group} groups of {size})", topk_group * size),
-                "lower top_k or raise topk_group",
-            ));
-        }
-        Ok(())
-    }
-}
-
-impl ExpertMlp {
-    fn validate(&self, path: &'static str) -> Result<()> {
-        let Self {
-            intermediate_size,
-            activation,
-            gate_up_layout,
-            orientation: Orientation::OutIn | Orientation::InOut,
-            gate_up_bias: true | false,
-            down_bias: true | false,
-            format,
-            activation_quant,
-        } = self;
-        width(path, *intermediate_size)?;
-        format.validate(path)?;
-        match activation {
-            Activation::Swiglu { limit } => limit.map_or(Ok(()), |limit| positive("activation.limit", limit))?,
-            Activation::SwigluClampAfter { limit } => positive("activation.limit", *limit)?,
-            Activation::SwigluOai { alpha, limit, beta } => {
-                finite("activation.alpha", *alpha)?;
-                finite("activation.beta", *beta)?;
-                limit.map_or(Ok(()), |limit| positive("activation.limit", limit))?;
-            }
-            Activation::Situ { beta, linear_beta } => {
-                positive("activation.beta", *beta)?;
-                positive("activation.linear_beta", *linear_beta)?;
-            }
-            Activation::GeluTanh | Activation::GeluErf | Activation::Relu2 => {}
-        }
-        match (activation.gated(), gate_up_layout) {
-            (true, GateUpLayout::Separate | GateUpLayout::Halves | GateUpLayout::Interleaved)
-            | (false, GateUpLayout::Separate) => {}
-            (false, GateUpLayout::Halves | GateUpLayout::Interleaved) => {
-                return Err(Error::invalid(
-                    "gate_up_layout",
-                    format!("{gate_up_layout:?}"),
-                    "Separate for an activation without gate",
-                    "set gate_up_layout to Separate",
-                ));
-            }
-        }
-        match activation_quant {
-            ActivationQuant::None => Ok(()),
-            ActivationQuant::DynamicFp8 {
-                group,
-                scale: ActivationScale::F32 | ActivationScale::F32CeilPow2 | ActivationScale::Ue8m0Packed,
-            } => width("activation_quant.group", *group),
-        }
-    }
-}
-
-impl WeightFormat {
-    pub(crate) fn validate(&self, path: &'static str) -> Result<()> {
-        match self {
-            Self::F32 | Self::F16 | Self::Bf16 => Ok(()),
-            Self::Fp8Block { block: [rows, columns], scale: ScaleFormat::F32 | ScaleFormat::E8m0 } => {
-                if *rows == 0 || *columns == 0 || *rows > MAX_WIDTH || *columns > MAX_WIDTH {
-                    return Err(Error::invalid(
-                        path,
-                        format!("blocks of {rows} x {columns}"),
-                        format!("blocks of 1 to {MAX_WIDTH} rows and columns"),
-                        "correct weight_block_size",
-                    ));
-                }
-                Ok(())
-            }
-        }
-    }
-}
-
-fn width(field: &'static str, value: usize) -> Result<()> {
-    if value == 0 || value > MAX_WIDTH {
-        return Err(Error::invalid(field, value, format!("1 to {MAX_WIDTH}"), "correct the size"));
-    }
-    Ok(())
-}
-
-fn finite(field: &'static str, value: f32) -> Result<()> {
-    if !value.is_finite() {
-        return Err(Error::invalid(field, value, "a finite number", "correct the value"));
-    }
-    Ok(())
-}
-
-fn positive(field: &'static str, value: f32) -> Result<()> {
-    if !(value.is_finite() && value > 0.0) {
-        return Err(Error::invalid(
-            field,
-            value,
-            "a finite number above 0",
-            "write None (or leave the key out) for no bound",
-        ));
-    }
-    Ok(())
 }

@@ -1,0 +1,3 @@
+fn global_scale() -> f32 {
+    return global_scales[0];
+}

@@ -1,0 +1,3 @@
+fn weigh_hidden(row: u32, hidden: f32) -> f32 {
+    return hidden;
+}

@@ -1,0 +1,6 @@
+// The weights come normalised with the shares.
+const RENORMALIZED: bool = true;
+
+fn renormalize_divisor(weights: ptr<function, array<f32, TOP_K>>, sum: f32) -> f32 {
+    return 1.0;
+}

@@ -1,0 +1,3 @@
+fn transform_logit(logit: f32) -> f32 {
+    return logit;
+}

@@ -1,0 +1,323 @@
+//! A `config.json` that was read, and the spec that it and the stored tensors give.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+
+use super::config::{self, Config, TextConfig};
+use super::loader::{self, Source, Stored, StoredMlp};
+use super::model::{Block, Family, Gate, Layer, Model, RouterKind, Shared};
+use super::names::Site;
+use super::quantization::Quantization;
+use super::{FAMILIES, Request, Resolved, irrelevant};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result, Unsupported};
+use crate::spec::{
+    ActivationQuant, ActivationScale, Entry, ExpertMlp, Latent, MoeSpec, NanPolicy, Placement, Precision, Router,
+    Routing, RoutingMethod, SharedExperts, SharedGate, TensorShard, WeightFormat,
+};
+
+/// A `config.json` that was read.
+pub(super) struct Reading {
+    pub(super) family: &'static Family,
+    pub(super) model: Model,
+    model_type: String,
+    quantization: Option<Quantization>,
+    unknown_keys: Vec<String>,
+    notes: Vec<String>,
+}
+
+impl Reading {
+    pub(super) fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let text = TextConfig::of(checkpoint.config())?;
+        let (family, model_type) = find_family(&text)?;
+        let (quantization, unknown_quantization) = Quantization::read(family.name, &text)?;
+        let config = Config::new(family.name, text.path, text.text);
+        config.get("model_type");
+        config.get("quantization_config");
+        // transformers lets single layers have keys of their own here.
+        let empty = |value: &&Value| value.is_null() || value.as_object().is_some_and(Map::is_empty);
+        if let Some(value) = config.get("per_layer_config").filter(|value| !empty(value)) {
+            return Err(config.unsupported("per_layer_config", value, "no family reads keys of single layers"));
+        }
+        let model = (family.read)(&config)?;
+        let mut unknown_keys = config.unknown(&[irrelevant::SHARED, family.irrelevant]);
+        unknown_keys.extend(unknown_quantization);
+        unknown_keys.extend(text.unknown());
+        Ok(Self { family, model_type, model, quantization, unknown_keys, notes: config.notes() })
+    }
+
+    /// A layer that has experts.
+    pub(super) fn block(&self, layer: usize) -> Result<&Block> {
+        match self.model.layers.get(layer) {
+            Some(Layer::Moe(block)) => Ok(block),
+            Some(Layer::Dense) => Err(Error::invalid(
+                "layer",
+                format!("{layer}, a dense layer by {}", self.model.dense_keys),
+                format!("a Mixture-of-Experts layer ({})", self.moe_layers()),
+                "ask for a layer that has experts",
+            )),
+            None => Err(Error::invalid(
+                "layer",
+                layer,
+                format!("a layer below num_hidden_layers = {}", self.model.layers.len()),
+                "ask for a layer that the model has",
+            )),
+        }
+    }
+
+    /// The layers that have experts, for messages.
+    fn moe_layers(&self) -> String {
+        let layers = || {
+            let all = self.model.layers.iter().enumerate();
+            all.filter(|(_, layer)| matches!(layer, Layer::Moe(_))).map(|(index, _)| index)
+        };
+        match (layers().next(), layers().next_back()) {
+            (Some(first), Some(last)) => format!("{} of them, from {first} to {last}", layers().count()),
+            (None, _) | (_, None) => "the model has none".into(),
+        }
+    }
+
+    pub(super) fn no_layer(&self, checkpoint: &Checkpoint) -> Error {
+        loader::missing(checkpoint, format!("{} (N: {})", self.blocks("N"), self.moe_layers()))
+    }
+
+    /// Names of the block in a layer, for messages.
+    fn blocks(&self, layer: &str) -> String {
+        let names = &self.family.names;
+        let one = |part: &&str| format!("{}.{layer}.{part}.*", names.layers);
+        let modules = names.modules.iter().filter(|module| !module.is_empty());
+        modules.chain(names.parts.first()).map(one).collect::<Vec<_>>().join(" or ")
+    }
+
+    pub(super) fn site<'s>(
+        &self,
+        checkpoint: &Checkpoint,
+        sites: &'s BTreeMap<usize, Vec<Site>>,
+        layer: usize,
+    ) -> Result<&'s Site> {
+        match sites.get(&layer).map(Vec::as_slice) {
+            Some([site]) => Ok(site),
+            Some([one, other, ..]) => {
+                let path = |site: &Site| format!("{}{}", site.layer, site.module);
+                Err(Error::invalid(
+                    "layer",
+                    format!("{layer}, which is both {}.* and {}.*", path(one), path(other)),
+                    "one module with experts a layer",
+                    "remove the tensors that are not meant",
+                ))
+            }
+            Some([]) | None => Err(loader::missing(checkpoint, self.blocks(&layer.to_string()))),
+        }
+    }
+
+    pub(super) fn resolved(
+        &self,
+        checkpoint: &Checkpoint,
+        request: &Request,
+        layer: usize,
+        source: Source,
+    ) -> Result<Resolved> {
+        let block = self.block(layer)?;
+        let stored = source.stored(checkpoint, self.quantization.as_ref(), block)?;
+        let mut notes = self.notes.clone();
+        let activations = match source.is_router_only() {
+            true => (ActivationQuant::None, ActivationQuant::None),
+            false => self.activation_quant(request, &stored, &mut notes)?,
+        };
+        let spec = spec(request, block, &stored, activations);
+        spec.validate()?;
+        Ok(Resolved {
+            family: self.family.name,
+            model_type: self.model_type.clone(),
+            layer: Some(layer),
+            spec,
+            unknown_keys: self.unknown_keys.clone(),
+            notes,
+            source,
+        })
+    }
+
+    pub(super) fn unsupported_activations(&self, wanted: ActivationQuant, because: String) -> Error {
+        Error::Unsupported(Unsupported {
+            backend: format!("family {}", self.family.name).into(),
+            field: "activations".into(),
+            value: format!("{wanted:?}"),
+            because: because.into(),
+        })
+    }
+
+    /// Activation quantisation of the routed and the shared experts.
+    fn activation_quant(
+        &self,
+        request: &Request,
+        stored: &Stored,
+        notes: &mut Vec<String>,
+    ) -> Result<(ActivationQuant, ActivationQuant)> {
+        let fp8 = |format: WeightFormat| match format {
+            WeightFormat::Fp8Block { block: _, scale: _ } => true,
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => false,
+        };
+        let experts = stored.experts.format;
+        let scheme = self.quantization.as_ref().and_then(|quantization| quantization.activation_scheme);
+        let scale_fmt = self.quantization.as_ref().and_then(|quantization| quantization.scale_fmt);
+        if self.quantization.is_some() && !fp8(experts) {
+            notes.push(format!("quantization_config says fp8, the experts are stored as {experts:?}"));
+        }
+        match request.activations {
+            ActivationQuant::None => {
+                notes.extend(scheme.map(|scheme| {
+                    format!(
+                        "activation_scheme = {scheme} of the checkpoint is not applied: \
+                         activations stay unquantised (--activations none)"
+                    )
+                }));
+                Ok((ActivationQuant::None, ActivationQuant::None))
+            }
+            wanted @ ActivationQuant::DynamicFp8 { group: _, scale } => {
+                if !fp8(experts) {
+                    let because = format!("the experts are stored as {experts:?}, not as FP8");
+                    return Err(self.unsupported_activations(wanted, because));
+                }
+                match (scale_fmt, scale) {
+                    (Some(fmt), ActivationScale::F32) => notes.push(format!(
+                        "scale_fmt = {fmt} of the checkpoint is not applied to activations: their scales stay f32"
+                    )),
+                    (None, ActivationScale::F32)
+                    | (Some(_) | None, ActivationScale::F32CeilPow2 | ActivationScale::Ue8m0Packed) => {}
+                }
+                let shared = match &stored.shared {
+                    Some(shared) if !fp8(shared.format) => {
+                        notes.push(format!(
+                            "the shared expert is stored as {:?}: what it reads stays unquantised",
+                            shared.format
+                        ));
+                        ActivationQuant::None
+                    }
+                    Some(_) | None => wanted,
+                };
+                Ok((wanted, shared))
+            }
+        }
+    }
+}
+
+/// The spec of a block as it is stored.
+fn spec(
+    request: &Request,
+    block: &Block,
+    stored: &Stored,
+    (routed_quant, shared_quant): (ActivationQuant, ActivationQuant),
+) -> MoeSpec {
+    let Block {
+        hidden_size,
+        num_experts,
+        top_k,
+        router,
+        method,
+        renormalize,
+        routed_scaling_factor,
+        apply_routed_scale_to_output,
+        per_expert_scale,
+        weight_position,
+        zero_experts,
+        intermediate_size,
+        activation,
+        biases,
+        shared,
+        latent,
+        expert_input,
+        output_bias,
+        output_norm,
+    } = block;
+    let mlp = |intermediate_size, activation, biases, stored: &StoredMlp, activation_quant| ExpertMlp {
+        intermediate_size,
+        activation,
+        gate_up_layout: stored.rows,
+        orientation: stored.orientation,
+        gate_up_bias: biases,
+        down_bias: biases,
+        format: stored.format,
+        activation_quant,
+    };
+    let shared = shared.as_ref().zip(stored.shared.as_ref()).map(|(shared, stored_mlp)| {
+        let Shared { width, activation, biases, gate, combination } = *shared;
+        SharedExperts {
+            mlp: mlp(width, activation, biases, stored_mlp, shared_quant),
+            gate: match gate {
+                Gate::None => SharedGate::None,
+                Gate::Sigmoid => SharedGate::Sigmoid { format: stored.shared_gate },
+                Gate::Joint => SharedGate::Joint,
+            },
+            combination,
+        }
+    });
+    MoeSpec {
+        hidden_size: *hidden_size,
+        num_experts: *num_experts,
+        top_k: *top_k,
+        router: match *router {
+            RouterKind::Linear { input, bias, transform } => {
+                Router::Linear { input, format: stored.router, bias, transform }
+            }
+            RouterKind::Mlp { state_size, rms_norm_eps, previous_state } => {
+                Router::Mlp { state_size, rms_norm_eps, previous_state, format: stored.router }
+            }
+        },
+        routing: Routing {
+            method: method.clone(),
+            renormalize: *renormalize,
+            routed_scaling_factor: *routed_scaling_factor,
+            apply_routed_scale_to_output: *apply_routed_scale_to_output,
+            per_expert_scale: *per_expert_scale,
+            weight_position: *weight_position,
+            zero_experts: *zero_experts,
+            nan_policy: NanPolicy::Zero,
+        },
+        experts: mlp(*intermediate_size, *activation, *biases, &stored.experts, routed_quant),
+        shared,
+        latent: latent.map(|(size, norm)| Latent { size, format: stored.latent, norm }),
+        lora: None,
+        expert_input: *expert_input,
+        output_bias: *output_bias,
+        output_norm: *output_norm,
+        placement: Placement::All,
+        shard: TensorShard::Whole,
+        entry: Entry::TokenMajor,
+        precision: Precision::float32(request.input, request.output),
+    }
+}
+
+pub(super) fn is_hash(block: &Block) -> bool {
+    match &block.method {
+        RoutingMethod::Hash { score: _, vocab_size: _ } => true,
+        RoutingMethod::TopK { score: _, key: _, groups: _ }
+        | RoutingMethod::TopKThenScore { score: _ }
+        | RoutingMethod::JointNorm { num_shared: _, global_scale: _ }
+        | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => false,
+    }
+}
+
+fn find_family(text: &TextConfig<'_>) -> Result<(&'static Family, String)> {
+    let inner = text.text.get("model_type");
+    let found = inner.or_else(|| text.outer.and_then(|outer| outer.get("model_type")));
+    let Some(model_type) = found.and_then(|value| value.as_str()) else {
+        return Err(Error::invalid(
+            "model_type",
+            found.map_or("no such key".into(), config::show),
+            "the name of an architecture",
+            "add the model's model_type to config.json",
+        ));
+    };
+    let name = model_type.strip_suffix("_text").unwrap_or(model_type);
+    let family = FAMILIES.iter().find(|family| family.model_types.contains(&name)).ok_or_else(|| {
+        let known: Vec<&str> = FAMILIES.iter().flat_map(|family| family.model_types).copied().collect();
+        Error::Unsupported(Unsupported {
+            backend: "moewe".into(),
+            field: "model_type".into(),
+            value: model_type.to_owned(),
+            because: format!("no family of this name; there are {}", known.join(", ")).into(),
+        })
+    })?;
+    Ok((family, model_type.to_owned()))
+}

@@ -1,0 +1,278 @@
+//! What runs, as plain data: `lower` turns a spec and a device's facts into a [`Schedule`].
+//!
+//! Pure: it alone picks kernels, variants and tiles, and it alone refuses. Printable with `{:#?}`.
+
+use crate::kernels::grouped_gemm::TILE_ROWS;
+use crate::kernels::pack::PackedMatrix;
+use crate::kernels::{Operation, Permute};
+use crate::support::Scope;
+
+mod lower;
+
+pub use lower::lower;
+
+/// What `lower` knows of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// Name of the backend, for refusals.
+    pub backend: &'static str,
+    /// Largest storage binding in bytes.
+    pub max_binding_bytes: u64,
+    /// Largest number of workgroups in one dimension.
+    pub max_workgroups: u32,
+}
+
+/// What the caller chooses. Changes no result beyond the order of sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Bound on one weight buffer, if below the device's.
+    pub segment_bytes: Option<u64>,
+    /// Up to how many tokens the matrix-vector kernels are used; 0 is never.
+    pub decode_tokens: usize,
+}
+
+/// Up to this many tokens most experts that are touched are touched by one row, so a tile of 64
+/// rows would be empty: the matrix-vector kernel reads each weight as often and does less.
+pub const DECODE_TOKENS: usize = 8;
+
+/// The kernels, constants, buffers and grids of a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Schedule {
+    /// What it covers.
+    pub scope: Scope,
+    /// Most tokens of one call.
+    pub max_tokens: usize,
+    /// Tokens that pass at once; more are cut into chunks of this size.
+    pub chunk_tokens: usize,
+    /// Every buffer.
+    pub buffers: Vec<Buffer>,
+    /// The packed weights.
+    pub matrices: Vec<PackedMatrix>,
+    /// Variants by number of tokens, ascending; the last takes all.
+    pub buckets: Vec<Bucket>,
+}
+
+/// One buffer of a schedule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Buffer {
+    /// By content.
+    pub name: String,
+    /// What it holds and who fills it.
+    pub contents: Contents,
+    /// Size: for `max_tokens` if it holds rows of all tokens, for one chunk if it is scratch. Whole words.
+    pub bytes: u64,
+    /// Bytes of one token, if it holds rows of all tokens and is cut into chunks.
+    pub token_bytes: Option<u64>,
+}
+
+/// What a buffer holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Contents {
+    /// Caller: [T, H].
+    HiddenStates,
+    /// Caller: u32 `[T]`.
+    TokenIds,
+    /// Caller: [T, H].
+    Output,
+    /// Caller: [T, H], if the experts read another input.
+    ExpertHiddenStates,
+    /// Caller: f32 [T, outputs], if the router's logits are given.
+    GivenLogits,
+    /// Caller: f32 [T, S], the router's state of the previous layer.
+    PreviousRouterStates,
+    /// Scratch or caller: f32 [T, S], the router's state for the next layer.
+    RouterStates,
+    /// Scratch: f32 [T, n], the shares of joint normalisation.
+    SharedWeights,
+    /// Scratch or caller: i32 [T, k].
+    TopkIds,
+    /// Scratch or caller: f32 [T, k].
+    TopkWeights,
+    /// Between two steps, for one chunk.
+    Scratch,
+    /// Number of tokens; one for each chunk.
+    Params,
+    /// Packed weights.
+    Segment {
+        /// Index into [`Schedule::matrices`].
+        matrix: usize,
+        /// Index into its segments.
+        segment: usize,
+    },
+    /// Span table of a segment.
+    Spans {
+        /// Index into [`Schedule::matrices`].
+        matrix: usize,
+        /// Index into its segments.
+        segment: usize,
+    },
+    /// A small table of the plan's.
+    Table(Table),
+}
+
+/// A table that stays as the weights have it; f32 but for the first two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    /// i32 `slots[id]` of each expert.
+    ExpertSlots,
+    /// i32 [`vocab_size`, k].
+    Tid2eid,
+    /// `[selectable]`.
+    SelectionBias,
+    /// `[E]`.
+    PerExpertScale,
+    /// `[1]`.
+    GlobalScale,
+    /// `[H]`.
+    RouterInputScale,
+    /// `[S]`.
+    RouterStatesScale,
+    /// `[S]`.
+    RouterNorm,
+    /// `[L]`: behind the norm before the experts.
+    LatentPreNorm,
+    /// `[L]`: before the norm after each expert.
+    LatentPostNorm,
+    /// `[L]`: behind the norm of the reduced sum.
+    LatentReducedNorm,
+    /// `[H]`.
+    OutputBias,
+    /// `[H]`.
+    OutputNorm,
+}
+
+/// The steps for up to so many tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Bucket {
+    /// Most tokens (of a chunk) it is chosen for.
+    pub max_tokens: usize,
+    /// In order.
+    pub steps: Vec<Step>,
+}
+
+/// Which half of the layer a step belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// Up to ids and weights.
+    Routing,
+    /// Everything that reads them.
+    Experts,
+}
+
+/// One dispatch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Step {
+    /// What it computes, in the layer's words.
+    pub name: String,
+    /// Its half.
+    pub part: Part,
+    /// The kernel.
+    pub operation: Operation,
+    /// A buffer for each binding: indices into [`Schedule::buffers`].
+    pub buffers: Vec<usize>,
+    /// Workgroups.
+    pub grid: Grid,
+}
+
+/// Workgroups of a step, as a formula over tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    /// First dimension.
+    pub x: Extent,
+    /// Second dimension.
+    pub y: Extent,
+}
+
+/// Workgroups in one dimension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// So many.
+    Fixed(usize),
+    /// `ceil(tokens * items / per)`, at most `limit`: the kernel strides.
+    PerToken {
+        /// Items of a token.
+        items: usize,
+        /// Items of a workgroup.
+        per: usize,
+        /// Bound.
+        limit: usize,
+    },
+    /// Tiles of one group's tokens, for so many groups.
+    GroupTiles(usize),
+    /// Bound on the tiles that a permutation of the rows can make.
+    Tiles(Permute),
+}
+
+impl Extent {
+    /// Workgroups for `tokens`.
+    pub fn workgroups(self, tokens: usize) -> u32 {
+        let count = match self {
+            Self::Fixed(count) => count,
+            Self::PerToken { items, per, limit } => (tokens * items).div_ceil(per).min(limit),
+            Self::GroupTiles(groups) => groups * tokens.div_ceil(TILE_ROWS),
+            Self::Tiles(permute) => permute.max_tiles(tokens * permute.top_k),
+        };
+        // `lower` has checked each extent at `chunk_tokens` against the device's limit.
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+}
+
+impl Grid {
+    /// Workgroups for `tokens`; no work if any is 0.
+    pub fn workgroups(self, tokens: usize) -> [u32; 3] {
+        [self.x.workgroups(tokens), self.y.workgroups(tokens), 1]
+    }
+}
+
+impl Schedule {
+    /// Bytes of packed weights and tables on the device.
+    pub fn weight_bytes(&self) -> u64 {
+        let table = |buffer: &&Buffer| match buffer.contents {
+            Contents::Segment { matrix: _, segment: _ }
+            | Contents::Spans { matrix: _, segment: _ }
+            | Contents::Table(_) => true,
+            Contents::HiddenStates
+            | Contents::TokenIds
+            | Contents::ExpertHiddenStates
+            | Contents::GivenLogits
+            | Contents::PreviousRouterStates
+            | Contents::RouterStates
+            | Contents::SharedWeights
+            | Contents::Output
+            | Contents::TopkIds
+            | Contents::TopkWeights
+            | Contents::Scratch
+            | Contents::Params => false,
+        };
+        self.buffers.iter().filter(table).map(|buffer| buffer.bytes).sum()
+    }
+
+    /// Bytes of scratch.
+    pub fn scratch_bytes(&self) -> u64 {
+        self.buffers.iter().filter(|buffer| buffer.contents.is_scratch()).map(|buffer| buffer.bytes).sum()
+    }
+
+    /// The bucket for a chunk of `tokens`.
+    pub fn bucket(&self, tokens: usize) -> usize {
+        self.buckets.iter().position(|bucket| tokens <= bucket.max_tokens).unwrap_or(self.buckets.len() - 1)
+    }
+}
+
+impl Contents {
+    /// Whether [`Scratch`](crate::Scratch) holds it (unless the caller gives it).
+    pub fn is_scratch(self) -> bool {
+        match self {
+            Self::TopkIds | Self::TopkWeights | Self::RouterStates | Self::SharedWeights | Self::Scratch => true,
+            Self::HiddenStates
+            | Self::TokenIds
+            | Self::ExpertHiddenStates
+            | Self::GivenLogits
+            | Self::PreviousRouterStates
+            | Self::Output
+            | Self::Params
+            | Self::Segment { matrix: _, segment: _ }
+            | Self::Spans { matrix: _, segment: _ }
+            | Self::Table(_) => false,
+        }
+    }
+}

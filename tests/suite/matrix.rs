@@ -1,0 +1,225 @@
+//! Clamp limit, selection bias and routed scale in every combination of dtype, place, path and backend: the
+//! parameters whose loss is the reason for this crate.
+
+use moewe::host::{Host, Session};
+use moewe::schedule::lower;
+use moewe::spec::*;
+use moewe::weights::Dtype;
+use moewe::{Backend, Cpu, Options, Plan, Scope, Tensor};
+
+use crate::rig::{GEMV, LayerInputs, RandomLayer, TILED, deepseek_like, gpu, segmented};
+
+const FORMATS: [WeightFormat; 3] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16];
+/// Both paths: few tokens through matrix-vector products, many through tiles.
+const PATHS: [(&str, usize, Options); 2] = [("decode", 3, GEMV), ("prefill", 70, TILED)];
+/// Relative to the largest value of the output.
+const MATCHES: f32 = 1e-5;
+const MOVES: f32 = 1e-2;
+
+/// Largest difference relative to the largest value of `a`.
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    let largest = a.iter().fold(1e-30f32, |largest, value| largest.max(value.abs()));
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max) / largest
+}
+
+fn run<B: Host>(backend: B, layer: &RandomLayer, tokens: usize, options: &Options, inputs: &LayerInputs) -> Vec<f32> {
+    let plan = Plan::new(backend, &layer.spec, &layer.weights(), tokens, &segmented(options)).unwrap();
+    Session::new(plan, &layer.spec).unwrap().run(&inputs.view()).unwrap().output
+}
+
+/// Both backends on both paths give what the reference gives.
+fn every_path(layer: &RandomLayer, scale: f32, what: &str) -> Vec<Vec<f32>> {
+    let path = |(name, tokens, options): &(&str, usize, Options)| {
+        let mut inputs = layer.all_inputs(*tokens, 5);
+        inputs.hidden_states.iter_mut().for_each(|value| *value *= scale);
+        let want = layer.judge(inputs.view()).output;
+        for (backend, got) in [
+            ("cpu", run(Cpu::new(), layer, *tokens, options, &inputs)),
+            ("wgpu", run(gpu().clone(), layer, *tokens, options, &inputs)),
+        ] {
+            let off = distance(&want, &got);
+            assert!(off < MATCHES, "{what}, {name}, {backend}: off by {off}");
+        }
+        want
+    };
+    PATHS.iter().map(path).collect()
+}
+
+/// All kernels' text of a spec.
+fn text(spec: &MoeSpec) -> String {
+    let schedule = lower(spec, Scope::Layer, 70, &gpu().facts(), &GEMV).unwrap();
+    schedule.buckets.iter().flat_map(|bucket| &bucket.steps).map(|step| step.operation.source().wgsl()).collect()
+}
+
+#[test]
+fn the_clamp_acts_in_every_dtype_place_path_and_backend() {
+    for format in FORMATS {
+        // Half of all values are small (0.1 * 2 N(0, 1)): the biases decide what a limit of 1 meets.
+        for (part, gate, up) in [("gate", 4.0, 0.5), ("up", -1.0, 4.0), ("up below", -1.0, -4.0)] {
+            for place in ["routed", "shared"] {
+                let outputs = [None, Some(1.0), Some(1e4)].map(|limit| {
+                    let mut spec = deepseek_like();
+                    spec.precision = Precision::float32(FloatType::F32, FloatType::F32);
+                    let limited = Activation::Swiglu { limit };
+                    let mut shared = spec.shared.take().unwrap();
+                    for mlp in [&mut spec.experts, &mut shared.mlp] {
+                        (mlp.format, mlp.gate_up_bias, mlp.activation) =
+                            (format, true, Activation::Swiglu { limit: None });
+                    }
+                    match place {
+                        "routed" => spec.experts.activation = limited,
+                        _ => shared.mlp.activation = limited,
+                    }
+                    spec.shared = Some(shared);
+                    assert_eq!(text(&spec).contains("SWIGLU_LIMIT"), limit.is_some(), "clamp code without a limit");
+                    assert_eq!(text(&spec).contains("fn at_most"), limit.is_some(), "clamp code without a limit");
+                    let mut layer = RandomLayer::new(spec, 31);
+                    layer.set_gate_up_bias(true, gate, up);
+                    layer.set_gate_up_bias(false, gate, up);
+                    every_path(&layer, 0.05, &format!("{format:?}, {part}, {place}, limit {limit:?}"))
+                });
+                let [none, small, large] = outputs;
+                for ((none, small), large) in none.iter().zip(&small).zip(&large) {
+                    assert_eq!(none, large, "a limit that nothing reaches changed the output");
+                    let moved = distance(none, small);
+                    assert!(moved > MOVES, "{format:?}, {part}, {place}: a limit of 1 moves by {moved} only");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_routed_scale_acts_once_in_every_dtype_place_path_and_backend() {
+    for format in FORMATS {
+        for on_output in [false, true] {
+            for with_shared in [false, true] {
+                let outputs = [2.5, 0.3].map(|rho| {
+                    let mut spec = deepseek_like();
+                    spec.precision = Precision::float32(FloatType::Bf16, FloatType::F32);
+                    spec.experts.format = format;
+                    spec.routing.routed_scaling_factor = rho;
+                    spec.routing.apply_routed_scale_to_output = on_output;
+                    if !with_shared {
+                        spec.shared = None;
+                    }
+                    let layer = RandomLayer::new(spec, 32);
+                    every_path(&layer, 1.0, &format!("{format:?}, on output {on_output}, shared {with_shared}, {rho}"))
+                });
+                // rho multiplies the routed part and nothing else: without shared expert the ratio is that of rho.
+                for (with_large, with_small) in outputs[0].iter().zip(&outputs[1]) {
+                    let scaled: Vec<f32> = with_large.iter().map(|value| value * 0.3 / 2.5).collect();
+                    let off = distance(with_small, &scaled);
+                    let (least, most) = if with_shared { (MOVES, f32::MAX) } else { (0.0, 1e-6) };
+                    assert!((least..=most).contains(&off), "shared {with_shared}: {off}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_selection_bias_is_f32_whatever_the_dtypes_around_it() {
+    // Near 7, as in GLM-5.2: bf16 has steps of 2^-5 there, and would choose other experts.
+    let fine = |e: usize| 7.0 + 0.001 * ((e * 7) % 12) as f32;
+    for format in FORMATS {
+        for input in [FloatType::F32, FloatType::F16, FloatType::Bf16] {
+            let chosen = [0, 1].map(|which| {
+                let mut spec = deepseek_like();
+                spec.precision = Precision::float32(input, FloatType::F32);
+                let method =
+                    RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
+                spec.routing.method = method;
+                let router = Router::Linear {
+                    input: RouterInput::Hidden,
+                    format,
+                    bias: false,
+                    transform: LogitTransform::Multiply { factor: 0.01 },
+                };
+                spec.router = router;
+                let mut layer = RandomLayer::new(spec, 33);
+                let narrow = |bias| if which == 0 { bias } else { half::bf16::from_f32(bias).to_f32() };
+                layer.selection_bias = Some((0..12).map(fine).map(narrow).collect());
+                let inputs = layer.all_inputs(70, 34);
+                let want = layer.judge(inputs.view()).routed.topk_ids;
+                for (_, _, options) in PATHS {
+                    let cpu = layer.on_cpu(70, &options, None).run(&inputs.view()).unwrap().topk_ids;
+                    let wgpu = layer.on_gpu(70, &options).run(&inputs.view()).unwrap().topk_ids;
+                    assert!(want == cpu && want == wgpu, "{format:?}, {input:?}");
+                }
+                want
+            });
+            assert_ne!(chosen[0], chosen[1], "a bias in bf16 would not show");
+        }
+    }
+}
+
+#[test]
+fn a_bias_of_any_dtype_is_widened_once_and_exactly() {
+    let values = [7.031_25f32, -0.5, 0.0, 12.0];
+    let f32_bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let bf16_bytes: Vec<u8> = values.iter().flat_map(|value| half::bf16::from_f32(*value).to_le_bytes()).collect();
+    let f16_bytes: Vec<u8> = values.iter().flat_map(|value| half::f16::from_f32(*value).to_le_bytes()).collect();
+    for (dtype, bytes) in [(Dtype::F32, &f32_bytes), (Dtype::BF16, &bf16_bytes), (Dtype::F16, &f16_bytes)] {
+        let tensor = Tensor { name: "gate.e_score_correction_bias".into(), dtype, shape: vec![1, 4], bytes };
+        assert_eq!(tensor.to_finite_f32(4).unwrap(), values, "{dtype:?}");
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_refused_by_the_name_of_its_tensor() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let bytes: Vec<u8> = [1.0, bad].iter().flat_map(|value| value.to_le_bytes()).collect();
+        let name = "model.layers.3.mlp.gate.e_score_correction_bias";
+        let tensor = Tensor { name: name.into(), dtype: Dtype::F32, shape: vec![2], bytes: &bytes };
+        let said = tensor.to_finite_f32(2).unwrap_err().to_string();
+        assert!(said.contains(name) && said.contains(&bad.to_string()) && said.contains("at 1"), "{said}");
+        // A caller who makes the weights himself is told the field.
+        let mut layer = RandomLayer::new(deepseek_like(), 35);
+        layer.selection_bias.as_mut().unwrap()[4] = bad;
+        for said in [
+            Plan::new(Cpu::new(), &layer.spec, &layer.weights(), 1, &GEMV).map(|_| ()).unwrap_err().to_string(),
+            layer.weights().check(&layer.spec).unwrap_err().to_string(),
+        ] {
+            assert!(said.contains("router.selection_bias") && said.contains("at 4"), "{said}");
+        }
+        // A limit: the spec refuses it.
+        let mut spec = deepseek_like();
+        spec.experts.activation = Activation::Swiglu { limit: Some(bad) };
+        let said = spec.validate().unwrap_err().to_string();
+        assert!(said.contains("activation.limit") && said.contains(&bad.to_string()), "{said}");
+    }
+    for bad in [0.0, -7.0] {
+        let mut spec = deepseek_like();
+        spec.experts.activation = Activation::SwigluClampAfter { limit: bad };
+        let said = spec.validate().unwrap_err().to_string();
+        assert!(said.contains("activation.limit") && said.contains("None"), "{said}");
+    }
+}
+
+#[test]
+fn weights_that_are_nan_spoil_the_rows_that_meet_them_and_no_others() {
+    let mut spec = deepseek_like();
+    spec.precision = Precision::float32(FloatType::F32, FloatType::F32);
+    spec.experts.format = WeightFormat::F32;
+    let mut layer = RandomLayer::new(spec, 36);
+    layer.soften_bias();
+    layer.spoil(4);
+    let damage = layer.weights().scan();
+    assert_eq!((damage.len(), damage[0].matrix.as_str(), damage[0].count), (1, "experts[4].up", 1));
+    let inputs = layer.all_inputs(70, 37);
+    let want = layer.judge(inputs.view());
+    let meets: Vec<bool> = want.routed.topk_ids.chunks(3).map(|ids| ids.contains(&4)).collect();
+    assert!(meets.contains(&true) && meets.contains(&false));
+    for (_, _, options) in PATHS {
+        for got in [
+            layer.on_cpu(70, &options, None).run(&inputs.view()).unwrap(),
+            layer.on_gpu(70, &options).run(&inputs.view()).unwrap(),
+        ] {
+            for (row, meets) in got.output.chunks(40).zip(&meets) {
+                assert!(row.iter().all(|value| value.is_nan() == *meets));
+            }
+        }
+    }
+}
