@@ -95,6 +95,11 @@ impl<'a> Config<'a> {
         Err(self.unsupported(key, value, format!("only {} is implemented", show(&only))))
     }
 
+    /// Whether a key is in one of these lists and nobody read it.
+    pub(super) fn is_irrelevant(&self, key: &str, irrelevant: &[&[&str]]) -> bool {
+        !self.read.borrow().contains(key) && irrelevant.iter().any(|keys| keys.contains(&key))
+    }
+
     /// Keys that are neither read nor irrelevant, with their path.
     pub(super) fn unknown(&self, irrelevant: &[&[&str]]) -> Vec<String> {
         let read = self.read.borrow();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::config::{self, Config, TextConfig};
 use super::loader::{self, Source, Stored, StoredMlp};
@@ -35,12 +35,21 @@ impl Reading {
         let config = Config::new(family.name, text.path, text.text);
         config.get("model_type");
         config.get("quantization_config");
-        // transformers lets single layers have keys of their own here.
-        let empty = |value: &&Value| value.is_null() || value.as_object().is_some_and(Map::is_empty);
-        if let Some(value) = config.get("per_layer_config").filter(|value| !empty(value)) {
+        let model = (family.read)(&config)?;
+        // transformers lets single layers have keys of their own here; Gemma 4 has some of attention.
+        let concerns = |value: &&Value| match value {
+            Value::Null => false,
+            Value::Object(layers) => layers.values().any(|keys| match keys {
+                Value::Object(keys) => {
+                    keys.keys().any(|key| !config.is_irrelevant(key, &[irrelevant::SHARED, family.irrelevant]))
+                }
+                Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => true,
+            }),
+            Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => true,
+        };
+        if let Some(value) = config.get("per_layer_config").filter(concerns) {
             return Err(config.unsupported("per_layer_config", value, "no family reads keys of single layers"));
         }
-        let model = (family.read)(&config)?;
         let mut unknown_keys = config.unknown(&[irrelevant::SHARED, family.irrelevant]);
         unknown_keys.extend(unknown_quantization);
         unknown_keys.extend(text.unknown());

@@ -722,7 +722,8 @@ fn families() -> Vec<Family> {
         Family {
             config: json!({"model_type": "gemma4_text", "enable_moe_block": true, "num_experts": E, "top_k_experts": K,
                 "moe_intermediate_size": I, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
-                "hidden_act": "absent", "intermediate_size": 99, "use_double_wide_mlp": false, "num_kv_shared_layers": 0}),
+                "hidden_act": "absent", "intermediate_size": 99, "use_double_wide_mlp": false, "num_kv_shared_layers": 0,
+                "per_layer_config": {"5": {"head_dim": 512, "num_key_value_heads": 4}, "6": {}}}),
             prefix: "model.language_model.layers.0.",
             tensors: vec![
                 b16("router.proj.weight", &[E, H]),
@@ -1054,6 +1055,10 @@ fn values_without_an_implementation_are_refused_by_name() {
         ("hy_v4", "first_k_dense_replace", json!(2)),
         ("granitemoeshared", "hidden_act", json!("relu")),
         ("dots1", "per_layer_config", json!({"1": {"num_experts_per_tok": 1}})),
+        ("dots1", "per_layer_config", json!({"1": {"head_dim": 64, "swiglu_limit": 7.0}})),
+        ("dots1", "per_layer_config", json!([{"head_dim": 64}])),
+        // Irrelevant elsewhere, but Gemma 4's router reads it.
+        ("gemma4_text", "per_layer_config", json!({"1": {"rms_norm_eps": 1e-5}})),
     ] {
         let error = changed(model_type, key, value).unwrap_err();
         let Error::Unsupported(unsupported) = &error else { panic!("{model_type} {key}: {error}") };
