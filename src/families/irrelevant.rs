@@ -327,6 +327,7 @@ pub(super) const SHARED: &[&str] = &[
     "mamba_ssm_dtype",
     "n_groups",
     "no_kda_lora",
+    "number_of_conv_states",
     "sconv_kernel_size",
     "short_conv_kernel_size",
     "ssm_state_size",

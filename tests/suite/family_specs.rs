@@ -375,7 +375,7 @@ fn families() -> Vec<Family> {
         ),
         qwen(
             json!({"model_type": "qwen4_exp_text", "num_experts": E, "num_experts_per_tok": K, "moe_intermediate_size": I,
-                "norm_topk_prob": true, "shared_expert_intermediate_size": 12}),
+                "norm_topk_prob": true, "shared_expert_intermediate_size": 12, "number_of_conv_states": 3}),
             "model.language_model.layers.1.",
             true,
             vec![HUB, FUSED],
