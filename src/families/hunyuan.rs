@@ -9,7 +9,7 @@ use super::deepseek_v3;
 use super::model::{
     Block, Family, Kinds, Model, SIGMOID_BIAS, SOFTMAX, SWIGLU, Shared, Sizes, activation, silu, swiglu_limit,
 };
-use super::names::{MLP, Names, SHARED_EXPERTS, proj};
+use super::names::{MLP, Names, SHARED_EXPERTS, named, proj};
 use crate::error::Result;
 use crate::spec::{Activation, Denominator};
 
@@ -84,7 +84,9 @@ pub(super) const HY_V4: Family = Family {
     model_types: &["hy_v4"],
     examples: &["Hy4"],
     irrelevant: &["intermediate_size"],
-    names: MLP,
+    // transformers renames `linear_gate` of attention to `gate_proj` when it loads, and every `gate_proj` back when
+    // it saves.
+    names: Names { shared: &[SHARED_EXPERTS, named("shared_experts", "linear_gate", "up_proj", "down_proj")], ..MLP },
     read: |config| {
         silu(config)?;
         let limit = swiglu_limit(config, "Hy4 has 10")?;

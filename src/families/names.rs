@@ -151,12 +151,17 @@ pub(super) const SHARED_EXPERT: Mlp = proj("shared_expert");
 
 /// `MODULE.gate_proj.weight` and so on.
 pub(super) const fn proj(module: &'static str) -> Mlp {
-    Mlp { module, layout: Layout::Each(parts("gate_proj", "up_proj", "down_proj")) }
+    named(module, "gate_proj", "up_proj", "down_proj")
 }
 
 /// `MODULE.w1.weight` (gate), `w3` (up) and `w2` (down).
 pub(super) const fn short(module: &'static str) -> Mlp {
-    Mlp { module, layout: Layout::Each(parts("w1", "w3", "w2")) }
+    named(module, "w1", "w3", "w2")
+}
+
+/// `MODULE.GATE.weight` and so on.
+pub(super) const fn named(module: &'static str, gate: &'static str, up: &'static str, down: &'static str) -> Mlp {
+    Mlp { module, layout: Layout::Each(parts(gate, up, down)) }
 }
 
 /// Two tensors, whose orientation their shapes say.

@@ -838,7 +838,7 @@ fn every_layout_gives_the_same_bits() {
 }
 
 /// transformers' names in memory, which its re-saves have, beside the published ones.
-const IN_MEMORY: [(&str, &[(&str, &str)]); 18] = [
+const IN_MEMORY: [(&str, &[(&str, &str)]); 19] = [
     ("minimax", &[("block_sparse_moe.", "mlp.")]),
     ("minimax_m3_vl_text", &[("block_sparse_moe.e_score", "mlp.gate.e_score"), ("block_sparse_moe.", "mlp.")]),
     ("kimi_linear", &[("block_sparse_moe.", "mlp.")]),
@@ -855,6 +855,7 @@ const IN_MEMORY: [(&str, &[(&str, &str)]); 18] = [
         ],
     ),
     ("granitemoehybrid", &[("router.layer.", "router.")]),
+    ("hy_v4", &[("shared_experts.gate_proj.", "shared_experts.linear_gate.")]),
     ("inkling_text", &[("gate.bias", "gate.e_score_correction_bias")]),
     (
         "mistral_large4_text",
