@@ -47,13 +47,17 @@ pub(super) const FAMILY: Family = Family {
 
 fn read(config: &Config<'_>) -> Result<Model> {
     config.word("mlp_hidden_act", &["relu2"])?;
-    // Biases of the latent projections and of the shared expert.
-    config.fixed("mlp_bias", false)?;
     // Absent from the configs of models without latent experts.
     let latent = config.any_count(&["moe_latent_size"])?.map(|size| (size, LatentNorm::None));
+    // Of the shared expert and of the latent projections, which have none here.
+    let biases = config.optional_flag("mlp_bias")?.unwrap_or(false);
+    if latent.is_some() {
+        config.fixed("mlp_bias", false)?;
+    }
     let width = config.count(&["moe_shared_expert_intermediate_size"])?;
     let block = deepseek_v3::routed(config, Activation::Relu2)?;
-    let block = Block { latent, shared: Shared::plain(width, Activation::Relu2), ..block };
+    let shared = Shared::plain(width, Activation::Relu2).map(|shared| Shared { biases, ..shared });
+    let block = Block { latent, shared, ..block };
     Ok(Model::new(kinds(config)?, &block))
 }
 

@@ -1039,7 +1039,6 @@ fn values_without_an_implementation_are_refused_by_name() {
         ("cohere2_moe", "shared_expert_combination_strategy", json!("max")),
         ("gemma4_text", "hidden_activation", json!("quick_gelu")),
         ("nemotron_h", "mlp_hidden_act", json!("silu")),
-        ("nemotron_h", "mlp_bias", json!(true)),
         ("kimi_linear", "moe_router_activation_func", json!("softmax")),
         ("kimi_linear", "activation_situ_linear_beta", json!(null)),
         ("minimax_m3_vl_text", "hidden_act", json!("gelu")),
@@ -1065,6 +1064,22 @@ fn values_without_an_implementation_are_refused_by_name() {
         let Error::Unsupported(unsupported) = &error else { panic!("{model_type} {key}: {error}") };
         assert_eq!(unsupported.field, key, "{model_type}");
     }
+}
+
+#[test]
+fn nemotrons_biases_are_the_shared_experts() {
+    let family = families().into_iter().find(|family| family.config["model_type"] == "nemotron_h").unwrap();
+    let mut sample = family.sample(family.layouts[0]).set("mlp_bias", true);
+    for (part, width) in [("up_proj", 12), ("down_proj", H)] {
+        let bias = Stored { dtype: Dtype::BF16, shape: vec![width], bytes: vec![0; 2 * width] };
+        sample.tensors.insert(format!("backbone.layers.1.mixer.shared_experts.{part}.bias"), bias);
+    }
+    let mlp = sample.resolve().unwrap().spec.shared.unwrap().mlp;
+    assert!(mlp.gate_up_bias && mlp.down_bias);
+
+    let error = Sample::golden("nemotron_h_latent").set("mlp_bias", true).resolve().unwrap_err();
+    let Error::Unsupported(unsupported) = &error else { panic!("{error}") };
+    assert_eq!(unsupported.field, "mlp_bias");
 }
 
 #[test]
