@@ -118,8 +118,11 @@ pub struct Io<'a, B: Backend> {
     /// f32 [T, S], what the previous layer left in `router_states`; required if a state enters the
     /// router, refused otherwise.
     pub previous_router_states: Option<&'a B::Buffer>,
-    /// f32 [T, S] instead of the scratch's: the router's state for the next layer.
+    /// f32 [T, S] instead of the scratch's: the router's state for the next layer. Two layers that share a
+    /// scratch need it: one's state may not be written over while the next reads it.
     pub router_states: Option<&'a B::Buffer>,
+    /// f32 [T, n] instead of the scratch's: the shares of joint normalisation.
+    pub shared_weights: Option<&'a B::Buffer>,
 }
 
 impl<'a, B: Backend> Io<'a, B> {
@@ -135,6 +138,7 @@ impl<'a, B: Backend> Io<'a, B> {
             logits: None,
             previous_router_states: None,
             router_states: None,
+            shared_weights: None,
         }
     }
 }
@@ -165,8 +169,8 @@ impl ScratchLayout {
     }
 }
 
-/// Memory between the steps. Contents are undefined before and after a call, but for
-/// `topk_ids` and `topk_weights`.
+/// Memory between the steps. Contents are undefined before and after a call, but for `topk_ids`,
+/// `topk_weights`, and where the spec has them `shared_weights` and `router_states`.
 pub struct Scratch<B: Backend> {
     buffers: Vec<(String, B::Buffer)>,
 }
@@ -342,7 +346,7 @@ impl<B: Backend> Plan<B> {
                 Contents::PreviousRouterStates => io.previous_router_states,
                 Contents::Output => io.output,
                 Contents::RouterStates => io.router_states.or_else(in_scratch),
-                Contents::SharedWeights => in_scratch(),
+                Contents::SharedWeights => io.shared_weights.or_else(in_scratch),
                 Contents::TopkIds => io.topk_ids.or_else(in_scratch),
                 Contents::TopkWeights => io.topk_weights.or_else(in_scratch),
                 Contents::Scratch => in_scratch(),
@@ -410,6 +414,7 @@ impl<B: Backend> Plan<B> {
             ("logits", io.logits.is_some(), Contents::GivenLogits),
             ("previous_router_states", io.previous_router_states.is_some(), Contents::PreviousRouterStates),
             ("router_states", io.router_states.is_some(), Contents::RouterStates),
+            ("shared_weights", io.shared_weights.is_some(), Contents::SharedWeights),
             ("output", io.output.is_some(), Contents::Output),
         ] {
             if given && !wants(contents) {
@@ -566,8 +571,9 @@ impl<B: Backend> Bound<B> {
         self.record_steps(encoder, tokens, &|_, step| step.part == Part::Routing)
     }
 
-    /// Records everything behind ids and weights, which the caller has written: ids in `0..E`, or -1
-    /// for no contribution; any other makes the token's row NaN.
+    /// Records everything behind ids and weights, which the caller has written: ids that can be selected (of
+    /// experts, then of zero experts), or -1 for no contribution; any other makes the token's row NaN. Under
+    /// joint normalisation the shares are the caller's too.
     ///
     /// # Errors
     /// As [`Bound::record`].

@@ -247,7 +247,7 @@ fn token_output(
                 _,
             ) => reduced,
         };
-        sum = project(&latent.up, &reduced).into_iter().map(f64::from).collect();
+        sum = project(&latent.up, &reduced).into_iter().map(|value| step(f64::from(value))).collect();
     }
     for (sum, bias) in sum.iter_mut().zip(weights.output_bias.iter().flatten()) {
         *sum = step(*sum + f64::from(*bias));

@@ -82,7 +82,7 @@ pub enum Contents {
     PreviousRouterStates,
     /// Scratch or caller: f32 [T, S], the router's state for the next layer.
     RouterStates,
-    /// Scratch: f32 [T, n], the shares of joint normalisation.
+    /// Scratch or caller: f32 [T, n], the shares of joint normalisation.
     SharedWeights,
     /// Scratch or caller: i32 [T, k].
     TopkIds,

@@ -117,7 +117,8 @@ pub struct Routing {
     pub method: RoutingMethod,
     /// `w /= D(sum w)` over the k chosen, in slot order. `None`: not renormalised.
     pub renormalize: Option<Denominator>,
-    /// rho: multiplies the routed part once. Never touches the shared expert.
+    /// rho: multiplies the routed part once. Never touches the shared expert, but for the shares of
+    /// [`RoutingMethod::JointNorm`], which hold it.
     pub routed_scaling_factor: f32,
     /// `false`: rho is in the weights. `true`: rho multiplies the routed sum and the weights lack it.
     pub apply_routed_scale_to_output: bool,
