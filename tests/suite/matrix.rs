@@ -223,3 +223,52 @@ fn weights_that_are_nan_spoil_the_rows_that_meet_them_and_no_others() {
         }
     }
 }
+
+/// Every profile of roundings beside every part of a layer that they pass: a rounding that one side lacks moves
+/// each value by about half an ulp, one that falls the other way beside a middle moves few.
+#[test]
+fn each_rounding_stands_where_the_reference_has_it() {
+    let latents = [None, Some(LatentNorm::None), Some(LatentNorm::Reduced { eps: 1e-5 })];
+    let combines = [CombineRounding::F32, CombineRounding::WeightedRows, CombineRounding::EveryStep];
+    let activations = [ActivationRounding::F32, ActivationRounding::Fused, ActivationRounding::Torch];
+    for (model, half_ulp) in [(FloatType::Bf16, 1.0 / 256.0), (FloatType::F16, 1.0 / 2048.0)] {
+        for combine in combines {
+            for norm in latents {
+                for (case, activation) in activations.into_iter().enumerate() {
+                    let mut spec = deepseek_like();
+                    spec.precision = Precision {
+                        model,
+                        combine,
+                        activation,
+                        gate_up: [Rounding::F32, Rounding::Model][case % 2],
+                        ..Precision::float32(FloatType::Bf16, FloatType::F32)
+                    };
+                    spec.latent = norm.map(|norm| Latent { size: 20, format: WeightFormat::Bf16, norm });
+                    spec.output_bias = case == 0;
+                    spec.routing.apply_routed_scale_to_output = case == 1;
+                    match (case, &mut spec.shared) {
+                        (0, shared) => *shared = None,
+                        (1, Some(shared)) => shared.gate = SharedGate::Sigmoid { format: WeightFormat::Bf16 },
+                        (_, Some(shared)) => shared.combination = SharedCombination::Average,
+                        (_, None) => {}
+                    }
+                    let what = format!("{:?}, {norm:?}", spec.precision);
+                    let layer = RandomLayer::new(spec, 38);
+                    for (_, tokens, options) in PATHS {
+                        let inputs = layer.all_inputs(tokens.max(20), 39);
+                        let want = layer.judge(inputs.view()).output;
+                        for got in [
+                            run(Cpu::new(), &layer, tokens.max(20), &options, &inputs),
+                            run(gpu().clone(), &layer, tokens.max(20), &options, &inputs),
+                        ] {
+                            let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
+                            let off = square(&mut want.iter().zip(&got).map(|(a, b)| a - b));
+                            let rel_fro = (off / square(&mut want.iter().copied())).sqrt();
+                            assert!(rel_fro < 0.2 * half_ulp, "{what}: {} half ulp", rel_fro / half_ulp);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
