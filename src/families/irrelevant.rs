@@ -408,6 +408,7 @@ pub(super) const MULTIMODAL: &[&str] = &[
     "image_token_id",
     "image_token_index",
     "media_placeholder_token_id",
+    "merged_hidden_size",
     "mtp_config",
     "multimodal_projector_bias",
     "out_hidden_size",
