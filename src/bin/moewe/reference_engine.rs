@@ -14,7 +14,7 @@ pub struct Reference;
 impl Engine for Reference {
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, _max_tokens: usize) -> Result<Box<dyn Runner + 'a>> {
         // A call without tokens checks what each call with some would.
-        let nothing = Inputs::of(&[]);
+        let nothing = Inputs { expert_hidden_states: Some(&[]), ..Inputs::of(&[]) };
         match work {
             Work::Layer(weights) => reference::layer(spec, weights, nothing).map(|_| ())?,
             Work::Routing(router) => reference::route(spec, router, nothing).map(|_| ())?,
