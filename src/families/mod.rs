@@ -10,7 +10,7 @@ use crate::spec::{ActivationQuant, FloatType, MoeSpec};
 use crate::weights::{MoeWeights, RouterWeights};
 
 use loader::Source;
-use model::Family;
+use model::{Family, RouterKind};
 use reading::{Reading, is_hash};
 
 mod afmoe;
@@ -246,8 +246,14 @@ pub fn resolve_router(checkpoint: &Checkpoint, request: &Request) -> Result<Reso
         return Err(reading.unsupported_activations(request.activations, "a router alone reads no experts".into()));
     }
     let top_k = |layer: &usize| reading.block(*layer).is_ok_and(|block| !is_hash(block));
+    // A router that is alone says by its tensors whether it is of a layer that a state enters.
+    let state_enters = names::has_states_scale(checkpoint, &family.names);
+    let same_state = |layer: &usize| match reading.block(*layer).map(|block| block.router) {
+        Ok(RouterKind::Mlp { state_size: _, rms_norm_eps: _, previous_state }) => previous_state == state_enters,
+        Ok(RouterKind::Linear { input: _, bias: _, transform: _ }) | Err(_) => true,
+    };
     let first = || match sites.is_empty() {
-        true => (0..reading.model.layers.len()).find(top_k),
+        true => (0..reading.model.layers.len()).find(|layer| top_k(layer) && same_state(layer)),
         false => sites.keys().copied().find(top_k),
     };
     let layer = request.layer.or_else(first).ok_or_else(|| reading.no_layer(checkpoint))?;

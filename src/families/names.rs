@@ -229,6 +229,12 @@ impl Site {
     }
 }
 
+/// Whether a checkpoint has the factors on the state of the layer before.
+pub(super) fn has_states_scale(checkpoint: &Checkpoint, names: &Names) -> bool {
+    let wanted = names.router_mlp.as_ref().and_then(|mlp| mlp.states_scale.rsplit('.').next());
+    wanted.is_some_and(|wanted| checkpoint.names().any(|name| name.rsplit('.').next() == Some(wanted)))
+}
+
 /// The blocks that are present, by layer. Parts of multi-token prediction are not layers.
 pub(super) fn sites(checkpoint: &Checkpoint, names: &Names) -> BTreeMap<usize, Vec<Site>> {
     let mut found: BTreeMap<usize, Vec<Site>> = BTreeMap::new();

@@ -218,19 +218,13 @@ impl Judged<'_> {
     /// Inputs and expected results that this layer has no use for.
     fn useless(&self, batches: &[Batch]) -> Vec<String> {
         let spec = &self.resolved.spec;
-        let (separate, state_enters) = (
-            match spec.expert_input {
-                ExpertInput::Hidden => false,
-                ExpertInput::Separate => true,
-            },
-            match spec.router {
-                Router::Mlp { state_size: _, rms_norm_eps: _, previous_state, format: _ } => previous_state,
-                Router::Linear { input: _, format: _, bias: _, transform: _ } | Router::Given { transform: _ } => false,
-            },
-        );
+        let separate = match spec.expert_input {
+            ExpertInput::Hidden => false,
+            ExpertInput::Separate => true,
+        };
         let known = [
             ("expert_hidden_states", separate),
-            ("router_states_in", state_enters),
+            ("router_states_in", self.state_enters()),
             ("router_states_out", inputs::state_size(&spec.router) > 0),
             ("shared_gammas", spec.joint_shares() > 0),
         ];
@@ -244,6 +238,13 @@ impl Judged<'_> {
         useless
     }
 
+    fn state_enters(&self) -> bool {
+        match self.resolved.spec.router {
+            Router::Mlp { state_size: _, rms_norm_eps: _, previous_state, format: _ } => previous_state,
+            Router::Linear { input: _, format: _, bias: _, transform: _ } | Router::Given { transform: _ } => false,
+        }
+    }
+
     fn batch(&self, batch: &Batch, runner: &dyn Runner, checks: &mut Vec<Check>) -> Result<()> {
         let (file, spec) = (self.file, &self.resolved.spec);
         let hidden_states = file.hidden_states(batch, spec.hidden_size)?;
@@ -253,6 +254,11 @@ impl Judged<'_> {
         let router_states = match state_size {
             0 => None,
             size => file.optional_floats(batch, "router_states_in", size)?,
+        };
+        // A router alone may be given without the state before it: as in the models' code, that adds nothing.
+        let router_states = match (self.scope, router_states) {
+            (Scope::Routing, None) if self.state_enters() => Some(vec![0.0; batch.tokens * state_size]),
+            (Scope::Routing | Scope::Layer, states) => states,
         };
         let inputs = Inputs {
             token_ids: token_ids.as_deref(),
@@ -270,15 +276,16 @@ impl Judged<'_> {
                 }
             }
         }
-        for (name, found, width) in
-            [("shared_gammas", &shared_weights, spec.joint_shares()), ("router_states_out", &router_states, state_size)]
+        if spec.joint_shares() > 0
+            && let Some(expected) = file.optional_floats(batch, "shared_gammas", spec.joint_shares())?
         {
-            if width == 0 {
-                continue;
-            }
-            if let Some(expected) = file.optional_floats(batch, name, width)? {
-                checks.push(self.weight_bound()?.check(batch.named(name), found, &expected));
-            }
+            checks.push(self.weight_bound()?.check(batch.named("shared_gammas"), &shared_weights, &expected));
+        }
+        if state_size > 0
+            && let Some(expected) = file.optional_floats(batch, "router_states_out", state_size)?
+        {
+            let bound = self.state_bound(&expected);
+            checks.push(bound.check(batch.named("router_states_out"), &router_states, &expected));
         }
 
         let (found_ids, found_weights) = metrics::sort_slots(&topk_ids, &topk_weights, spec.top_k);
@@ -303,6 +310,13 @@ impl Judged<'_> {
         let factor = self.allowance.factor;
         let absolute = self.case.weight_tolerance()?;
         Ok(absolute.map_or(Bound::Relative(factor * RELATIVE), |bound| Bound::Absolute(factor * bound)))
+    }
+
+    /// A state is a sum of products as large as itself, not a weight: some 80 f32 ulp of its root mean square.
+    fn state_bound(&self, expected: &[f32]) -> Bound {
+        let square: f64 = expected.iter().map(|&value| f64::from(value).powi(2)).sum();
+        let rms = (square / expected.len().max(1) as f64).sqrt();
+        Bound::Absolute(self.allowance.factor * RELATIVE * rms)
     }
 
     fn output_bound(&self, name: &str) -> Result<Bound> {
