@@ -51,7 +51,7 @@ impl Slack {
         let rows = if normed && spec.experts.activation == Activation::GeluTanh { rows + 2e-3 } else { rows };
         // A norm makes the errors of a small row as large as it makes the row: 1 / sqrt(eps) of random.rs, that is 4.5.
         let rows = if spec.output_norm.is_some() { 5.0 * (rows + ROW_TOLERANCE) } else { rows };
-        let whole = if rows + weights > 0.0 { 0.12 * half_ulp(precision.model) } else { 0.0 };
+        let whole = if rows + weights > 0.0 { 0.3 * half_ulp(precision.model) } else { 0.0 };
         Self { logits, weights, rows: rows + weights, whole }
     }
 }
