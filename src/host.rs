@@ -1,6 +1,7 @@
 //! A host of its own for the tool, the tests and the benches: opens adapters, submits, waits, reads back.
 //!
 //! The library proper never blocks; programs with a device of their own use [`Plan`] directly.
+//! A long file: what is host in the library stands in it and nowhere else.
 
 use std::time::Instant;
 

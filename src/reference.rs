@@ -1,8 +1,9 @@
 //! The layer as its definition reads, token by token: the judge of every backend.
 //!
-//! Plain loops over the spec, the weights and `numerics` (and the list of what has not landed); it knows no schedule and no kernel, so a
-//! fault of theirs cannot hide in it. Dot products are summed in f64 and rounded to f32 once;
-//! scores, keys and weights are f32, as the models compute them, because ties depend on it.
+//! Plain loops over the spec, the weights and `numerics` (and the list of what has not landed); it knows no
+//! schedule and no kernel, so a fault of theirs cannot hide in it. Dot products are summed in f64 and rounded
+//! to f32 once; scores, keys and weights are f32, as the models compute them, because ties depend on it.
+//! A long file: one layer, from its input to its output.
 
 use crate::error::{Error, Result};
 use crate::numerics;

@@ -3,6 +3,7 @@
 //! `out[r, f] = epilogue(W[group(r)] rows[r / input_divisor] + bias)`, f32 [rows, features].
 //! A row is token * `top_k` + slot for routed experts, else token * groups + group.
 //! Tolerance against the twin: the order of an f32 sum and the device's `exp` are free (Bounded).
+//! A long file: the contract and the twin beside each other.
 
 use rayon::prelude::*;
 

@@ -2,6 +2,8 @@
 //!
 //! Buffers and matrices are laid out once, each step is drafted once; every bucket then turns the drafts
 //! into dispatches of its own kernels.
+//!
+//! A long file: the layer's steps in their order, one place to read what follows what.
 
 use super::{Bucket, Buffer, Contents, DeviceFacts, Extent, Grid, Options, Part, Schedule, Step, Table};
 use crate::error::{Error, Result, Unsupported};
