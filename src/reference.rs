@@ -609,7 +609,7 @@ fn mlp(
         WeightPosition::Input => (Some(weight), None),
         WeightPosition::BeforeDown => (None, Some(weight)),
     };
-    let MlpWeights { gate, up, down, gate_bias, up_bias, down_bias } = weights;
+    let MlpWeights { gate, up, down, gate_bias, up_bias, down_bias, input_scales: _ } = weights;
     let bias = |bias: &Option<Vec<f32>>, row: usize| bias.as_ref().map_or(0.0, |bias| bias[row]);
     let x: Vec<f32> = match on_input {
         None => x.to_vec(),

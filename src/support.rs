@@ -112,7 +112,7 @@ pub(crate) fn landed(backend: &'static str, spec: &MoeSpec, scope: Scope) -> Res
         }
         match activation_quant {
             ActivationQuant::None => {}
-            ActivationQuant::DynamicFp8 { group: _, scale: _ } => {
+            ActivationQuant::Dynamic { code: _, span: _, rule: _, scale: _ } | ActivationQuant::Static { code: _ } => {
                 let field = if path == "experts" { "experts.activation_quant" } else { "shared.mlp.activation_quant" };
                 return lacks(field, activation_quant, "no activation quantisation yet");
             }

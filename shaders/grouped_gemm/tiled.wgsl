@@ -1,7 +1,8 @@
 // grouped_gemm, many rows: out[r, f] = finish(W[slot of r] rows[r / INPUT_DIVISOR]).
 // One workgroup: TILE_M rows of one group x TILE_N rows of its packed matrix, 4 x 4 results an invocation.
 // Rows come by index from tile_row, results go back to the same index: nothing is gathered or padded.
-// Packed matrix: see span.wgsl; with PAIR = 2 its rows alternate gate and up and yield one feature.
+// Packed matrix: see span.wgsl; with PAIR = 2 its rows alternate gate and up, FEATURE_ROWS of them yield a feature.
+// Rows of codes (K_BLOCK > 0): one sum a K block, scaled, then added; else each weight is scaled as it is staged.
 // out: f32 [rows, OUT_COLS]. Twin: src/kernels/grouped_gemm.rs
 const TILE_N: u32 = 64u;
 const TILE_K: u32 = 16u;
@@ -21,22 +22,40 @@ fn weight_at(span: Span, matrix_row: u32, col: u32) -> f32 {
     }
     let first = 4u * (span.codes + (matrix_row - span.row_begin) * VECS_PER_ROW);
     let weight = weight_one(segment_word(first + col / WEIGHTS_PER_WORD), col % WEIGHTS_PER_WORD);
-    return weight * weight_scale(span, matrix_row, col);
+    let scales = scale_row(span, matrix_row);
+    let block = block_of(span, matrix_row, col);
+    if K_BLOCK > 0u {
+        return weight - zero_at(scales, block);
+    }
+    return (weight - zero_at(scales, block)) * scale_at(scales, block) - min_at(scales, block);
+}
+
+// The scales of a K block: of four matrix rows, times that of an entering row.
+fn block_scales(span: Span, result: u32, last_result: u32, col: u32) -> vec4<f32> {
+    let block = block_of(span, result, col);
+    return vec4<f32>(
+        scale_at(scale_row(span, min(result, last_result)), block),
+        scale_at(scale_row(span, min(result + 1u, last_result)), block),
+        scale_at(scale_row(span, min(result + 2u, last_result)), block),
+        scale_at(scale_row(span, min(result + 3u, last_result)), block),
+    );
 }
 
 fn input_at(row: u32, wanted: bool, col: u32) -> f32 {
     if wanted && col < COLS {
-        return weigh_input(row, input_value(row / INPUT_DIVISOR * COLS + col));
+        return weigh_input(row, input_value(row / INPUT_DIVISOR * INPUT_STRIDE + col));
     }
     return 0.0;
 }
 
 fn store(span: Span, row: u32, result: u32, values: vec4<f32>) {
-    for (var j = 0u; j < 4u; j += PAIR) {
+    let token_scale = row_input_scale(row / INPUT_DIVISOR);
+    for (var j = 0u; j < 4u; j += FEATURE_ROWS) {
         if result + j < span.row_end {
-            let gate = values[j] + row_bias(span, result + j);
-            let up = values[j + PAIR - 1u] + row_bias(span, result + j + PAIR - 1u);
-            let out_col = (result + j) / PAIR;
+            let partner = result + j + FEATURE_ROWS - 1u;
+            let gate = values[j] * (row_scale(span, result + j) * token_scale) + row_bias(span, result + j);
+            let up = values[j + FEATURE_ROWS - 1u] * (row_scale(span, partner) * token_scale) + row_bias(span, partner);
+            let out_col = (result + j) / FEATURE_ROWS;
             out[row * OUT_COLS + out_col] = finish(row, out_col, gate, up);
         }
     }
@@ -72,6 +91,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     var sums1 = vec4<f32>();
     var sums2 = vec4<f32>();
     var sums3 = vec4<f32>();
+    var total0 = vec4<f32>();
+    var total1 = vec4<f32>();
+    var total2 = vec4<f32>();
+    var total3 = vec4<f32>();
+    let result = first + k * 4u;
     for (var begin = 0u; begin < COLS; begin += TILE_K) {
         let col = begin + k;
         a_tile[k * STRIDE + quad] = vec4<f32>(
@@ -96,8 +120,26 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             sums3 += a.w * b;
         }
         workgroupBarrier();
+        if K_BLOCK > 0u {
+            if (begin + TILE_K) % K_BLOCK == 0u || begin + TILE_K >= COLS {
+                let scales = block_scales(span, result, last_result, begin);
+                total0 += sums0 * (scales * block_input_scale(x0 / INPUT_DIVISOR, begin));
+                total1 += sums1 * (scales * block_input_scale(x1 / INPUT_DIVISOR, begin));
+                total2 += sums2 * (scales * block_input_scale(x2 / INPUT_DIVISOR, begin));
+                total3 += sums3 * (scales * block_input_scale(x3 / INPUT_DIVISOR, begin));
+                sums0 = vec4<f32>();
+                sums1 = vec4<f32>();
+                sums2 = vec4<f32>();
+                sums3 = vec4<f32>();
+            }
+        }
     }
-    let result = first + k * 4u;
+    if K_BLOCK > 0u {
+        sums0 = total0;
+        sums1 = total1;
+        sums2 = total2;
+        sums3 = total3;
+    }
     if at < tile.count {
         store(span, x0, result, sums0);
     }

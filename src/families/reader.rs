@@ -9,7 +9,7 @@ use super::quantization::Quantization;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, Unsupported};
 use crate::spec::{ExpertMlp, GateUpLayout, Orientation, ScaleFormat, WeightFormat};
-use crate::weights::{Dtype, Matrix, MlpWeights, Rows, Tensor};
+use crate::weights::{Dtype, Matrix, MlpWeights, Rows, Stored, Tensor};
 
 /// Last components of tensors that are no parameters: compressed-tensors' sizes of a packed matrix.
 const NO_PARAMETERS: [&str; 1] = ["weight_shape"];
@@ -120,12 +120,23 @@ impl<'a> Reader<'a> {
         shape: [usize; 2],
     ) -> Result<Matrix<'a>> {
         let scale = match format {
-            WeightFormat::Fp8Block { block: _, scale: _ } => {
-                Some(self.tensor(&scale_name(self.checkpoint, self.names, name))?)
-            }
             WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => None,
+            WeightFormat::Fp8Block { block: _, scale: _ }
+            | WeightFormat::Fp8Tensor
+            | WeightFormat::Fp8Channel
+            | WeightFormat::Int8Channel
+            | WeightFormat::Mxfp4
+            | WeightFormat::Nvfp4
+            | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ }
+            | WeightFormat::Q8_0
+            | WeightFormat::Q4K
+            | WeightFormat::Q6K => Some(self.tensor(&scale_name(self.checkpoint, self.names, name))?),
         };
-        Matrix::view(weight, scale.as_ref(), format, orientation, part, stack, shape)
+        let stored = match &scale {
+            None => Stored::Plain(weight),
+            Some(scales) => Stored::Scaled { codes: weight, scales },
+        };
+        Matrix::view(stored, format, orientation, part, stack, shape)
     }
 
     /// The MLPs of a place, which work at `width`. `outputs` may be the number of gate and up matrices instead
@@ -174,6 +185,7 @@ impl<'a> Reader<'a> {
             gate_bias: parts.gate.map_or(Ok(None), |gate| bias(gate, mlp.gate_up_bias, inner))?,
             up_bias: bias(parts.up, mlp.gate_up_bias, inner)?,
             down_bias: bias(parts.down, mlp.down_bias, width)?,
+            input_scales: None,
         })
     }
 
@@ -233,6 +245,7 @@ impl<'a> Reader<'a> {
                     gate_bias,
                     up_bias,
                     down_bias: one(&down_bias, id, width),
+                    input_scales: None,
                 })
             })
             .collect()
@@ -264,6 +277,7 @@ impl<'a> Reader<'a> {
             gate_bias: None,
             up_bias: None,
             down_bias: None,
+            input_scales: None,
         })
     }
 
@@ -296,6 +310,7 @@ impl<'a> Reader<'a> {
             gate_bias: None,
             up_bias: None,
             down_bias: None,
+            input_scales: None,
         })
     }
 

@@ -164,8 +164,17 @@ impl Reading {
         notes: &mut Vec<String>,
     ) -> Result<(ActivationQuant, ActivationQuant)> {
         let fp8 = |format: WeightFormat| match format {
-            WeightFormat::Fp8Block { block: _, scale: _ } => true,
-            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => false,
+            WeightFormat::Fp8Block { block: _, scale: _ } | WeightFormat::Fp8Tensor | WeightFormat::Fp8Channel => true,
+            WeightFormat::F32
+            | WeightFormat::F16
+            | WeightFormat::Bf16
+            | WeightFormat::Int8Channel
+            | WeightFormat::Mxfp4
+            | WeightFormat::Nvfp4
+            | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ }
+            | WeightFormat::Q8_0
+            | WeightFormat::Q4K
+            | WeightFormat::Q6K => false,
         };
         let experts = stored.experts.format;
         let scheme = self.quantization.as_ref().and_then(|quantization| quantization.activation_scheme);
@@ -183,7 +192,10 @@ impl Reading {
                 }));
                 Ok((ActivationQuant::None, ActivationQuant::None))
             }
-            wanted @ ActivationQuant::DynamicFp8 { group: _, scale } => {
+            wanted @ ActivationQuant::Static { code: _ } => {
+                Err(self.unsupported_activations(wanted, "no family reads static scales".into()))
+            }
+            wanted @ ActivationQuant::Dynamic { code: _, span: _, rule: _, scale } => {
                 if !fp8(experts) {
                     let because = format!("the experts are stored as {experts:?}, not as FP8");
                     return Err(self.unsupported_activations(wanted, because));

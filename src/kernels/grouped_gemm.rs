@@ -7,14 +7,16 @@
 
 use rayon::prelude::*;
 
-use super::pack::{PackedMatrix, SPAN_WORDS};
+use super::pack::{PackedBlocks, PackedMatrix, SPAN_WORDS};
+use super::quantize::ScaleLayout;
 use super::{
     Access, Arguments, Fragment, PARAMS, Source, Value, decode_value, input_fragments, read, round_fragments, shader,
     unique, write,
 };
 use crate::error::Result;
 use crate::numerics;
-use crate::spec::{Activation, ActivationRounding, FloatType, Rounding, WeightFormat};
+use crate::spec::{Activation, ActivationCode, ActivationRounding, FloatType, Rounding, WeightFormat};
+use crate::weights::{Code, PackedScale, Parts};
 
 /// Rows of a tile of the tiled kernel.
 pub const TILE_ROWS: usize = 64;
@@ -56,6 +58,32 @@ pub enum GemmVariant {
     Tiled,
 }
 
+/// What the rows that enter hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowValues {
+    /// Numbers.
+    Floats(FloatType),
+    /// Codes, four to a word, each row padded to whole words, and their scales.
+    Codes {
+        /// Type of a code.
+        code: ActivationCode,
+        /// Columns that share a scale; `None` for one a row.
+        group: Option<usize>,
+        /// How the scales lie.
+        scales: ScaleLayout,
+    },
+}
+
+impl RowValues {
+    /// Values from one row's first to the next row's.
+    fn stride(self, cols: usize) -> usize {
+        match self {
+            Self::Floats(_) => cols,
+            Self::Codes { code: _, group: _, scales: _ } => cols.next_multiple_of(4),
+        }
+    }
+}
+
 /// One GEMM over one segment of a packed matrix.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GroupedGemm {
@@ -63,8 +91,8 @@ pub struct GroupedGemm {
     pub rows: RowSource,
     /// How the work is cut.
     pub variant: GemmVariant,
-    /// Type of the rows that enter.
-    pub input: FloatType,
+    /// What the rows that enter hold.
+    pub input: RowValues,
     /// Rows that share an entering row: the rows of a token for gate and up, else 1.
     pub input_divisor: usize,
     /// Whether routing weights multiply the entering rows, and how the product is rounded.
@@ -110,7 +138,35 @@ pub enum Epilogue {
 impl GroupedGemm {
     /// Width of a result row.
     pub fn features(&self) -> usize {
-        self.matrix_rows / self.pair
+        self.matrix_rows / self.feature_rows()
+    }
+
+    /// Packed rows that yield a value.
+    fn feature_rows(&self) -> usize {
+        match self.epilogue {
+            Epilogue::Activation { activation: _, gate_up: _, rounding: _, weighted: _ } => self.pair,
+            Epilogue::Sums | Epilogue::AddState | Epilogue::GeluErf => 1,
+        }
+    }
+
+    /// Columns whose products are one f32 sum before scales act, where rows of codes meet blocks: the smaller
+    /// of the two blocks, which divides the other.
+    pub fn k_block(&self) -> Option<usize> {
+        let RowValues::Codes { code: _, group, scales: _ } = self.input else { return None };
+        let weights = self.layout().blocks().filter(|blocks| blocks.per_row > 1).map(|blocks| blocks.cols);
+        group.into_iter().chain(weights).min().filter(|block| *block < self.cols)
+    }
+
+    /// Vectors that the gemv kernel sums before a scale acts.
+    fn vecs_per_run(&self) -> usize {
+        let per_vec = self.layout().codes_per_vec();
+        self.k_block().map_or(1, |block| (block / per_vec).max(1))
+    }
+
+    /// Runs of a row, and how many of them the gemv kernel stages at once.
+    pub fn runs(&self) -> [usize; 2] {
+        let staged = 4 * STAGE_QUADS as usize / self.layout().codes_per_vec();
+        [self.layout().vecs_per_row().div_ceil(self.vecs_per_run()), staged / self.vecs_per_run()]
     }
 
     fn rows_per_token(&self) -> usize {
@@ -139,9 +195,10 @@ impl GroupedGemm {
         let mut constants = vec![
             ("COLS", Value::U32(self.cols as u32)),
             ("OUT_COLS", Value::U32(self.features() as u32)),
-            ("PAIR", Value::U32(self.pair as u32)),
+            ("FEATURE_ROWS", Value::U32(self.feature_rows() as u32)),
             ("VECS_PER_ROW", Value::U32(layout.vecs_per_row() as u32)),
             ("INPUT_DIVISOR", Value::U32(self.input_divisor as u32)),
+            ("INPUT_STRIDE", Value::U32(self.input.stride(self.cols) as u32)),
         ];
         let mut bindings = vec![
             PARAMS,
@@ -151,25 +208,37 @@ impl GroupedGemm {
             write("out", "array<f32>"),
         ];
         let mut fragments = vec![shader!("fragments/params.wgsl"), shader!("fragments/span.wgsl")];
-        fragments.extend(input_fragments(self.input));
-        if self.format == WeightFormat::F16 {
-            fragments.push(shader!("fragments/decode_f16.wgsl"));
-        }
-        fragments.push(match self.format {
-            WeightFormat::F32 => shader!("fragments/weight_f32.wgsl"),
-            WeightFormat::F16 => shader!("fragments/weight_f16.wgsl"),
-            WeightFormat::Bf16 => shader!("fragments/weight_bf16.wgsl"),
-            WeightFormat::Fp8Block { block: _, scale: _ } => shader!("fragments/weight_fp8_block.wgsl"),
-        });
-        match layout.blocks() {
-            None => fragments.push(shader!("fragments/scale_none.wgsl")),
-            Some(([block_rows, block_cols], per_row)) => {
-                fragments.push(shader!("fragments/scale_block.wgsl"));
-                constants.push(("BLOCK_ROWS", Value::U32(block_rows as u32)));
-                constants.push(("BLOCK_COLS", Value::U32(block_cols as u32)));
-                constants.push(("BLOCKS_PER_ROW", Value::U32(per_row as u32)));
+        match self.input {
+            RowValues::Floats(float_type) => {
+                fragments.extend(input_fragments(float_type));
+                fragments.push(shader!("fragments/input_scale_none.wgsl"));
+            }
+            RowValues::Codes { code, group, scales } => {
+                bindings.push(read("input_scales", "array<u32>"));
+                fragments.extend(match code {
+                    ActivationCode::E4m3 => {
+                        vec![shader!("fragments/decode_e4m3.wgsl"), shader!("fragments/input_e4m3.wgsl")]
+                    }
+                    ActivationCode::Int8 => vec![shader!("fragments/input_int8.wgsl")],
+                });
+                match group {
+                    None => fragments.push(shader!("fragments/input_scale_row.wgsl")),
+                    Some(group) => {
+                        constants.push(("INPUT_GROUP", Value::U32(group as u32)));
+                        constants.push(("INPUT_GROUPS", Value::U32(self.cols.div_ceil(group) as u32)));
+                        fragments.push(match scales {
+                            ScaleLayout::RowMajor => shader!("fragments/input_scale_row_major.wgsl"),
+                            ScaleLayout::ColumnMajor { stride } => {
+                                constants.push(("INPUT_SCALE_STRIDE", Value::U32(stride as u32)));
+                                shader!("fragments/input_scale_column_major.wgsl")
+                            }
+                            ScaleLayout::Packed => shader!("fragments/input_scale_packed.wgsl"),
+                        });
+                    }
+                }
             }
         }
+        weight_fragments(&layout, &mut constants, &mut fragments);
         fragments.push(if self.bias {
             shader!("fragments/bias_rows.wgsl")
         } else {
@@ -224,6 +293,9 @@ impl GroupedGemm {
                 constants.push(("LANES", Value::U32(lanes)));
                 constants.push(("TILE_ROWS", Value::U32(tile_rows)));
                 constants.push(("STAGE_QUADS", Value::U32(STAGE_QUADS)));
+                constants.push(("SCALES_PER_VEC", Value::U32(layout.scales_per_vec() as u32)));
+                constants.push(("VECS_PER_RUN", Value::U32(self.vecs_per_run() as u32)));
+                constants.push(("PAIR", Value::U32(self.pair as u32)));
                 match rows {
                     RowSource::Direct { groups } => {
                         constants.push(("GROUPS", Value::U32(groups as u32)));
@@ -239,6 +311,10 @@ impl GroupedGemm {
             }
             (GemmVariant::Tiled, rows) => {
                 constants.push(("TILE_M", Value::U32(TILE_ROWS as u32)));
+                constants.push(("K_BLOCK", Value::U32(self.k_block().unwrap_or(0) as u32)));
+                if layout.blocks().is_some() {
+                    constants.push(("PAIR", Value::U32(self.pair as u32)));
+                }
                 match rows {
                     RowSource::Direct { groups } => {
                         constants.push(("GROUPS", Value::U32(groups as u32)));
@@ -295,7 +371,7 @@ impl GroupedGemm {
             }
         };
         let layout = self.layout();
-        let features = self.features();
+        let (features, feature_rows) = (self.features(), self.feature_rows());
         let out: &mut [f32] = bytemuck::cast_slice_mut(arguments.write("out")?);
         let mut rows_of: Vec<Vec<usize>> = vec![vec![]; spans.len() / SPAN_WORDS];
         for (row, slot) in slots.iter().enumerate() {
@@ -311,22 +387,36 @@ impl GroupedGemm {
             None => (self.input_divisor, None),
             Some(_) => (1, Some(arguments.read_f32("topk_weights")?)),
         };
+        let row_scales = match self.input {
+            RowValues::Floats(_) => None,
+            RowValues::Codes { code: _, group, scales } => {
+                Some((arguments.read("input_scales")?, group.unwrap_or(self.cols), scales))
+            }
+        };
         let entering = |index: usize| {
-            let mut values = decode_row(rows, self.input, index * divisor / self.input_divisor, self.cols, padded);
+            let row = index * divisor / self.input_divisor;
+            let mut values = decode_row(rows, self.input, row, self.cols, padded);
             if let (Some(rounding), Some(weights)) = (self.weigh_input, weights) {
                 for value in &mut values {
                     *value = self.round(rounding, *value * weights[index]);
                 }
             }
-            values
+            let scales = row_scales.map_or_else(Vec::new, |(words, group, layout)| {
+                let groups = self.cols.div_ceil(group);
+                (0..groups).map(|at| layout.read(words, row, at, groups)).collect()
+            });
+            EnteringRow { values, scales }
         };
+        let group = row_scales.map_or(self.cols, |(_, group, _)| group);
+        let k_block = self.k_block().unwrap_or(padded);
         let used: Vec<bool> = {
             let mut used = vec![false; last.div_ceil(divisor)];
             rows_of.iter().flatten().for_each(|row| used[row / divisor] = true);
             used
         };
-        let x: Vec<Vec<f32>> =
-            used.par_iter().enumerate().map(|(row, used)| if *used { entering(row) } else { vec![] }).collect();
+        let none = || EnteringRow { values: vec![], scales: vec![] };
+        let x: Vec<EnteringRow> =
+            used.par_iter().enumerate().map(|(row, used)| if *used { entering(row) } else { none() }).collect();
         let epilogue = EpilogueInputs::read(self.epilogue, arguments)?;
         // One task per group and stretch of features: a weight is decoded once for all rows of its group,
         // and a single token still uses every thread.
@@ -334,7 +424,7 @@ impl GroupedGemm {
         let tasks: Vec<(usize, usize, usize)> = (0..rows_of.len())
             .filter(|&slot| !rows_of[slot].is_empty())
             .flat_map(|slot| {
-                let [begin, end] = [0, 1].map(|word| spans[slot * SPAN_WORDS + word] as usize / self.pair);
+                let [begin, end] = [0, 1].map(|word| spans[slot * SPAN_WORDS + word] as usize / feature_rows);
                 (begin..end).step_by(STRETCH).map(move |first| (slot, first, (first + STRETCH).min(end)))
             })
             .collect();
@@ -347,13 +437,17 @@ impl GroupedGemm {
                 let mut weights = vec![0.0; padded];
                 let mut sums = vec![[0.0; 2]; rows.len()];
                 for feature in first..end {
-                    for part in 0..self.pair {
-                        let packed = feature * self.pair + part;
+                    for part in 0..feature_rows {
+                        let packed = feature * feature_rows + part;
                         let bias = if self.bias { segment[(span[4] + packed as u32 - span[0]) as usize] } else { 0 };
                         layout.decode(segment, span, packed, &mut weights);
                         for (sums, &row) in sums.iter_mut().zip(rows) {
                             let x = &x[row / divisor];
-                            sums[part] = layout.dot(segment, span, packed, &weights, x) + f32::from_bits(bias);
+                            let sum = match x.scales.is_empty() {
+                                true => layout.dot(segment, span, packed, &weights, &x.values),
+                                false => layout.code_dot(segment, span, packed, &weights, x, [group, k_block]),
+                            };
+                            sums[part] = sum + f32::from_bits(bias);
                         }
                     }
                     for (at, sums) in sums.iter().enumerate() {
@@ -428,50 +522,130 @@ impl GroupedGemm {
     }
 }
 
+/// A row as f32, and where it holds codes their scales.
+struct EnteringRow {
+    values: Vec<f32>,
+    scales: Vec<f32>,
+}
+
 /// One entering row as f32, padded with zeros to `padded` columns.
-fn decode_row(words: &[u32], float_type: FloatType, row: usize, cols: usize, padded: usize) -> Vec<f32> {
+fn decode_row(words: &[u32], input: RowValues, row: usize, cols: usize, padded: usize) -> Vec<f32> {
     let mut values = vec![0.0; padded];
+    let first = row * input.stride(cols);
     for (col, value) in values.iter_mut().enumerate().take(cols) {
-        *value = decode_value(words, float_type, row * cols + col);
+        let at = first + col;
+        *value = match input {
+            RowValues::Floats(float_type) => decode_value(words, float_type, at),
+            RowValues::Codes { code, group: _, scales: _ } => {
+                numerics::decode_activation(code, (words[at / 4] >> (8 * (at % 4))) as u8)
+            }
+        };
     }
     values
 }
 
 impl PackedMatrix {
+    /// Scales that the codes of a vector can have; `lower` sees to it that it is 1 or 2.
+    fn scales_per_vec(&self) -> usize {
+        let halves = |blocks: PackedBlocks| !blocks.act_order && blocks.cols % 32 != 0 && blocks.per_row > 1;
+        if self.codes_per_vec() == 32 && self.blocks().is_some_and(halves) { 2 } else { 1 }
+    }
+
     /// The codes of one packed row as f32, without scale.
     fn decode(&self, segment: &[u32], span: &[u32], packed: usize, weights: &mut [f32]) {
         let row_words = self.vecs_per_row() * 4;
         let codes = 4 * span[2] as usize + (packed - span[0] as usize) * row_words;
         let words = &segment[codes..codes + row_words];
-        let per_word = self.codes_per_vec() / 4;
+        let (code, per_word) = (self.parts().code, self.codes_per_vec() / 4);
+        let bits = 32 / per_word as u32;
+        let table = numerics::e4m3_values();
         for (word, weights) in words.iter().zip(weights.chunks_exact_mut(per_word)) {
-            match self.format {
-                WeightFormat::F32 => weights[0] = f32::from_bits(*word),
-                WeightFormat::Bf16 => {
-                    weights[0] = f32::from_bits(word << 16);
-                    weights[1] = f32::from_bits(word & 0xffff_0000);
-                }
-                WeightFormat::F16 => {
-                    weights[0] = numerics::decode_f16(*word as u16);
-                    weights[1] = numerics::decode_f16((word >> 16) as u16);
-                }
-                WeightFormat::Fp8Block { block: _, scale: _ } => {
-                    let table = numerics::e4m3_values();
-                    for (weight, code) in weights.iter_mut().zip(word.to_le_bytes()) {
-                        *weight = table[usize::from(code)];
+            for (at, weight) in weights.iter_mut().enumerate() {
+                let one = word >> (bits * at as u32) & (u32::MAX >> (32 - bits));
+                *weight = match code {
+                    Code::E4m3 => table[one as usize],
+                    Code::F32 | Code::F16 | Code::Bf16 | Code::E2m1 | Code::Int8 | Code::Int4 | Code::Uint4 => {
+                        numerics::decode(code, one)
                     }
-                }
+                };
             }
         }
     }
 
     /// One packed row, decoded, times x: one f32 partial sum a scale block, scaled, then added.
     fn dot(&self, segment: &[u32], span: &[u32], packed: usize, weights: &[f32], x: &[f32]) -> f32 {
-        let Some(([block_rows, block_cols], per_row)) = self.blocks() else { return lane_dot(weights, x) };
-        let block = packed / (self.pair * block_rows) - span[5] as usize;
-        let first = span[3] as usize + (block * self.pair + packed % self.pair) * per_row;
-        let blocks = weights.chunks(block_cols).zip(x.chunks(block_cols));
-        blocks.zip(&segment[first..]).map(|((weights, x), scale)| lane_dot(weights, x) * f32::from_bits(*scale)).sum()
+        let sum = match self.blocks() {
+            None => lane_dot(weights, x),
+            Some(blocks) => {
+                let row = (packed / (self.pair * blocks.rows) - span[5] as usize) * self.pair + packed % self.pair;
+                let scales = &segment[span[3] as usize + row * blocks.words..][..blocks.words];
+                if blocks.act_order {
+                    let order = &segment[span[7] as usize + packed % self.pair * self.cols..][..self.cols];
+                    let one = |((weight, x), block): ((&f32, &f32), &u32)| {
+                        let [scale, zero, _] = blocks.scale_of(scales, *block as usize);
+                        (weight - zero) * scale * x
+                    };
+                    weights.iter().zip(x).zip(order).map(one).sum()
+                } else {
+                    let parts = weights.chunks(blocks.cols).zip(x.chunks(blocks.cols)).take(blocks.per_row);
+                    let one = |(block, (weights, x)): (usize, (&[f32], &[f32]))| {
+                        let [scale, zero, min] = blocks.scale_of(scales, block);
+                        let total = || x.iter().sum::<f32>();
+                        match (zero == 0.0, min == 0.0) {
+                            (true, true) => lane_dot(weights, x) * scale,
+                            (true, false) => lane_dot(weights, x) * scale - min * total(),
+                            (false, _) => {
+                                let weights: Vec<f32> = weights.iter().map(|weight| weight - zero).collect();
+                                lane_dot(&weights, x) * scale - min * total()
+                            }
+                        }
+                    };
+                    parts.enumerate().map(one).sum()
+                }
+            }
+        };
+        sum * self.row_scale(segment, span, packed)
+    }
+
+    /// What scales a whole row.
+    fn row_scale(&self, segment: &[u32], span: &[u32], packed: usize) -> f32 {
+        match self.parts().row_scale {
+            true => f32::from_bits(segment[span[6] as usize + packed - span[0] as usize]),
+            false => 1.0,
+        }
+    }
+
+    /// One packed row, decoded, times a row of codes: one f32 sum a K block, both scales, then added.
+    fn code_dot(
+        &self,
+        segment: &[u32],
+        span: &[u32],
+        packed: usize,
+        weights: &[f32],
+        x: &EnteringRow,
+        [group, k_block]: [usize; 2],
+    ) -> f32 {
+        let blocks = self.blocks().map(|blocks| {
+            let row = (packed / (self.pair * blocks.rows) - span[5] as usize) * self.pair + packed % self.pair;
+            (blocks, &segment[span[3] as usize + row * blocks.words..][..blocks.words])
+        });
+        let row_scale = self.row_scale(segment, span, packed);
+        let parts = weights.chunks(k_block).zip(x.values.chunks(k_block)).enumerate();
+        let one = |(at, (weights, values)): (usize, (&[f32], &[f32]))| {
+            let col = (at * k_block).min(self.cols - 1);
+            let [scale, zero, _] = match blocks {
+                None => [1.0, 0.0, 0.0],
+                Some((blocks, words)) => blocks.scale_of(words, (col / blocks.cols).min(blocks.per_row - 1)),
+            };
+            let sum = match zero == 0.0 {
+                true => lane_dot(weights, values),
+                false => lane_dot(&weights.iter().map(|weight| weight - zero).collect::<Vec<_>>(), values),
+            };
+            // A scale of a whole row acts behind the sum.
+            sum * (scale * if x.scales.len() == 1 { 1.0 } else { x.scales[col / group] })
+        };
+        let sum: f32 = parts.map(one).sum();
+        sum * (row_scale * if x.scales.len() == 1 { x.scales[0] } else { 1.0 })
     }
 }
 
@@ -486,6 +660,65 @@ fn lane_dot(a: &[f32], b: &[f32]) -> f32 {
         }
     }
     sums.iter().sum::<f32>() + rest
+}
+
+/// Decoding of codes, and their scales.
+fn weight_fragments(layout: &PackedMatrix, constants: &mut Vec<(&'static str, Value)>, fragments: &mut Vec<Fragment>) {
+    let Parts { code, blocks: _, row_scale } = layout.parts();
+    match code {
+        Code::F32 => fragments.push(shader!("fragments/weight_f32.wgsl")),
+        Code::F16 => {
+            fragments.extend([shader!("fragments/decode_f16.wgsl"), shader!("fragments/weight_f16.wgsl")]);
+        }
+        Code::Bf16 => fragments.push(shader!("fragments/weight_bf16.wgsl")),
+        Code::E4m3 => {
+            fragments.extend([shader!("fragments/decode_e4m3.wgsl"), shader!("fragments/weight_e4m3.wgsl")]);
+        }
+        Code::E2m1 => fragments.push(shader!("fragments/weight_e2m1.wgsl")),
+        Code::Int8 => fragments.push(shader!("fragments/weight_int8.wgsl")),
+        Code::Int4 => {
+            constants.push(("CODE_ZERO", Value::F32(8.0)));
+            fragments.push(shader!("fragments/weight_int4.wgsl"));
+        }
+        Code::Uint4 => {
+            constants.push(("CODE_ZERO", Value::F32(0.0)));
+            fragments.push(shader!("fragments/weight_int4.wgsl"));
+        }
+    }
+    match layout.blocks() {
+        None => fragments.push(shader!("fragments/scale_none.wgsl")),
+        Some(blocks) => {
+            let PackedBlocks { rows, cols, per_row, scale, words, act_order } = blocks;
+            constants.push(("BLOCK_ROWS", Value::U32(rows as u32)));
+            constants.push(("SCALE_WORDS", Value::U32(words as u32)));
+            fragments.extend(match scale {
+                PackedScale::F32 => vec![shader!("fragments/scale_f32.wgsl")],
+                PackedScale::F16 => vec![shader!("fragments/decode_f16.wgsl"), shader!("fragments/scale_f16.wgsl")],
+                PackedScale::Bf16 => vec![shader!("fragments/scale_bf16.wgsl")],
+                PackedScale::E8m0 => vec![shader!("fragments/scale_e8m0.wgsl")],
+                PackedScale::E4m3 => vec![shader!("fragments/decode_e4m3.wgsl"), shader!("fragments/scale_e4m3.wgsl")],
+                PackedScale::F16Zero => {
+                    vec![shader!("fragments/decode_f16.wgsl"), shader!("fragments/scale_f16_zero.wgsl")]
+                }
+                PackedScale::Bf16Zero => vec![shader!("fragments/scale_bf16_zero.wgsl")],
+                PackedScale::Q4K => vec![shader!("fragments/decode_f16.wgsl"), shader!("fragments/scale_q4_k.wgsl")],
+                PackedScale::Q6K => vec![shader!("fragments/decode_f16.wgsl"), shader!("fragments/scale_q6_k.wgsl")],
+            });
+            fragments.push(shader!("fragments/scale_row.wgsl"));
+            fragments.push(if act_order {
+                shader!("fragments/block_order.wgsl")
+            } else {
+                constants.push(("BLOCK_COLS", Value::U32(cols as u32)));
+                constants.push(("BLOCKS_PER_ROW", Value::U32(per_row as u32)));
+                shader!("fragments/block_columns.wgsl")
+            });
+        }
+    }
+    fragments.push(if row_scale {
+        shader!("fragments/row_scale_rows.wgsl")
+    } else {
+        shader!("fragments/row_scale_none.wgsl")
+    });
 }
 
 fn activation_fragments(activation: Activation, constants: &mut Vec<(&'static str, Value)>) -> Vec<Fragment> {

@@ -8,6 +8,7 @@ pub mod grouped_gemm;
 pub mod norm;
 pub mod pack;
 pub mod permute;
+pub mod quantize;
 pub mod topk_routing;
 
 use std::fmt::Write as _;
@@ -17,9 +18,10 @@ use crate::numerics;
 use crate::spec::FloatType;
 
 pub use combine::Combine;
-pub use grouped_gemm::{Epilogue, GemmVariant, GroupedGemm, RowSource};
+pub use grouped_gemm::{Epilogue, GemmVariant, GroupedGemm, RowSource, RowValues};
 pub use norm::{Norm, NormScale};
 pub use permute::Permute;
+pub use quantize::ScaleLayout;
 pub use topk_routing::TopkRouting;
 
 /// A stage of the layer. Folder of its shaders, stem of its file here.

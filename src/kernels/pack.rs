@@ -4,11 +4,13 @@
 //! vectors of 16 bytes. Gate and up rows alternate (gate of feature 0, up of feature 0, ...), so that
 //! a tile holds both. Groups fill *segments*, buffers no larger than a binding may be; a group that
 //! does not fit the rest of a segment is split between two rows. Each run of rows in a segment is a
-//! [`Span`]: its codes, then its block scales (f32), then its bias (f32).
+//! [`Span`]: its codes, then what the format has of block scales ([`PackedScale`]), of row scales (f32) and of
+//! column orders (a word for each column of each matrix), then its bias (f32).
 
 use crate::error::{Result, Unsupported};
+use crate::numerics;
 use crate::spec::WeightFormat;
-use crate::weights::Matrix;
+use crate::weights::{Blocks, Matrix, PackedScale, Parts};
 
 /// Words of a packed vector.
 const VEC_WORDS: usize = 4;
@@ -62,6 +64,10 @@ pub struct Span {
     pub scales: usize,
     /// Word where the bias begins.
     pub bias: usize,
+    /// Word where the row scales begin.
+    pub row_scales: usize,
+    /// Word where the columns' blocks begin.
+    pub order: usize,
     /// Block (in the checkpoint's rows) of `row_begin`.
     pub first_block: usize,
 }
@@ -75,13 +81,14 @@ pub struct GroupSource<'a> {
 }
 
 impl PackedMatrix {
+    /// The format, taken apart.
+    pub fn parts(&self) -> Parts {
+        self.format.parts()
+    }
+
     /// Codes in a vector of 16 bytes.
     pub fn codes_per_vec(&self) -> usize {
-        match self.format {
-            WeightFormat::F32 => 4,
-            WeightFormat::F16 | WeightFormat::Bf16 => 8,
-            WeightFormat::Fp8Block { block: _, scale: _ } => 16,
-        }
+        VEC_WORDS * 32 / self.parts().code.bits()
     }
 
     /// Vectors of a row.
@@ -89,12 +96,13 @@ impl PackedMatrix {
         self.cols.div_ceil(self.codes_per_vec())
     }
 
-    /// [rows, columns] of a scale block and blocks of a row; `None` without scales.
-    pub fn blocks(&self) -> Option<([usize; 2], usize)> {
-        match self.format {
-            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => None,
-            WeightFormat::Fp8Block { block, scale: _ } => Some((block, self.cols.div_ceil(block[1]))),
-        }
+    /// The blocks that share scales; `None` without any.
+    pub fn blocks(&self) -> Option<PackedBlocks> {
+        self.parts().blocks.map(|Blocks { rows, cols, scale, act_order }| {
+            let cols = cols.unwrap_or(self.cols);
+            let per_row = self.cols.div_ceil(cols);
+            PackedBlocks { rows, cols, per_row, scale, words: scale.words(per_row), act_order }
+        })
     }
 
     /// Bytes of all segments.
@@ -103,16 +111,19 @@ impl PackedMatrix {
     }
 
     fn block_of(&self, row: usize) -> usize {
-        self.blocks().map_or(0, |([rows, _], _)| row / (self.pair * rows))
+        self.blocks().map_or(0, |blocks| row / (self.pair * blocks.rows))
     }
 
-    /// Words of the codes, scales and bias of rows `begin..end`.
-    fn words(&self, begin: usize, end: usize) -> [usize; 3] {
+    /// Words of the codes, block scales, row scales, orders and bias of rows `begin..end`.
+    fn words(&self, begin: usize, end: usize) -> [usize; 5] {
         let rows = end - begin;
-        let scales = self
-            .blocks()
-            .map_or(0, |(_, per_row)| (self.block_of(end - 1) - self.block_of(begin) + 1) * self.pair * per_row);
-        [rows * self.vecs_per_row() * VEC_WORDS, scales, if self.bias { rows } else { 0 }]
+        let scale_rows = (self.block_of(end - 1) - self.block_of(begin) + 1) * self.pair;
+        let (scales, order) = self.blocks().map_or((0, 0), |blocks| {
+            (scale_rows * blocks.words, if blocks.act_order { self.pair * self.cols } else { 0 })
+        });
+        let row_scales = if self.parts().row_scale { rows } else { 0 };
+        let bias = if self.bias { rows } else { 0 };
+        [rows * self.vecs_per_row() * VEC_WORDS, scales, row_scales, order, bias]
     }
 
     /// Assigns every row a place in segments of at most `segment_bytes`.
@@ -122,7 +133,7 @@ impl PackedMatrix {
     pub fn place(mut self, backend: &'static str, segment_bytes: u64) -> Result<Self, Unsupported> {
         // Word indices are u32 in the kernels; bindings stay below 2^31 bytes anyway.
         let capacity = usize::try_from(segment_bytes.min(1 << 31) / 16 * 4).unwrap_or(0);
-        let padded = |words: [usize; 3]| words.iter().sum::<usize>().next_multiple_of(VEC_WORDS);
+        let padded = |words: [usize; 5]| words.iter().sum::<usize>().next_multiple_of(VEC_WORDS);
         let mut segments: Vec<Segment> = Vec::new();
         for group in 0..self.groups {
             let mut begin = 0;
@@ -160,13 +171,17 @@ impl PackedMatrix {
                 let words = self.words(begin, begin + rows);
                 let Some(segment) = segments.last_mut() else { continue };
                 let codes = segment.words;
+                let [scales, row_scales, order, bias] =
+                    [1, 2, 3, 4].map(|part| codes + words[..part].iter().sum::<usize>());
                 segment.spans.push(Span {
                     group,
                     row_begin: begin,
                     row_end: begin + rows,
                     codes,
-                    scales: codes + words[0],
-                    bias: codes + words[0] + words[1],
+                    scales,
+                    bias,
+                    row_scales,
+                    order,
                     first_block: self.block_of(begin),
                 });
                 segment.words += padded(words);
@@ -191,8 +206,8 @@ impl PackedMatrix {
     pub fn span_table(&self, segment: usize) -> Vec<u32> {
         let mut table = vec![0u32; self.groups * SPAN_WORDS];
         for span in self.segments.get(segment).map_or(&[][..], |segment| &segment.spans) {
-            let Span { group, row_begin, row_end, codes, scales, bias, first_block } = *span;
-            let row = [row_begin, row_end, codes / VEC_WORDS, scales, bias, first_block];
+            let Span { group, row_begin, row_end, codes, scales, bias, row_scales, order, first_block } = *span;
+            let row = [row_begin, row_end, codes / VEC_WORDS, scales, bias, first_block, row_scales, order];
             for (word, value) in table[group * SPAN_WORDS..].iter_mut().zip(row) {
                 *word = value as u32;
             }
@@ -223,16 +238,28 @@ impl PackedMatrix {
                 }
                 write(span.codes + (begin - span.row_begin) * row_words, &words)?;
             }
-            if let Some(([block_rows, block_cols], per_row)) = self.blocks() {
+            if let Some(packed) = self.blocks() {
                 let blocks = span.first_block..=self.block_of(span.row_end - 1);
-                let mut words = Vec::with_capacity(blocks.clone().count() * self.pair * per_row);
+                let mut words = Vec::with_capacity(blocks.clone().count() * self.pair * packed.words);
                 for block in blocks {
                     for matrix in &source.matrices {
-                        let row = (block * block_rows).min(matrix.shape()[0] - 1);
-                        words.extend((0..per_row).map(|col| matrix.scale(row, col * block_cols).to_bits()));
+                        let row = (block * packed.rows).min(matrix.shape()[0] - 1);
+                        packed.pack_row(matrix, row, &mut words);
                     }
                 }
                 write(span.scales, &words)?;
+                if packed.act_order {
+                    let order = |matrix: &&Matrix<'_>| -> Vec<u32> {
+                        (0..self.cols).map(|col| matrix.block_of(col) as u32).collect()
+                    };
+                    let words: Vec<u32> = source.matrices.iter().flat_map(order).collect();
+                    write(span.order, &words)?;
+                }
+            }
+            if self.parts().row_scale {
+                let scale = |row: usize| source.matrices[row % self.pair].row_scale(row / self.pair).to_bits();
+                let words: Vec<u32> = (span.row_begin..span.row_end).map(scale).collect();
+                write(span.row_scales, &words)?;
             }
             if self.bias {
                 let bias = |row: usize| source.biases[row % self.pair][row / self.pair].to_bits();
@@ -241,6 +268,26 @@ impl PackedMatrix {
             }
         }
         Ok(())
+    }
+
+    /// The weight at (row, column) of a packed run, as the kernels decode it: [`Matrix::get`] of where it came from.
+    pub fn value(&self, segment: &[u32], span: &Span, row: usize, col: usize) -> f32 {
+        let Parts { code, blocks: _, row_scale } = self.parts();
+        let per_word = self.codes_per_vec() / VEC_WORDS;
+        let first = span.codes + (row - span.row_begin) * self.vecs_per_row() * VEC_WORDS;
+        let word = segment[first + col / per_word] >> (code.bits() * (col % per_word));
+        let value = numerics::decode(code, word & (u32::MAX >> (32 - code.bits())));
+        let scaled = self.blocks().map_or(value, |blocks| {
+            let scale_row = (row / (self.pair * blocks.rows) - span.first_block) * self.pair + row % self.pair;
+            let words = &segment[span.scales + scale_row * blocks.words..][..blocks.words];
+            let block = match blocks.act_order {
+                true => segment[span.order + row % self.pair * self.cols + col] as usize,
+                false => col / blocks.cols,
+            };
+            let [scale, zero, min] = blocks.scale_of(words, block);
+            (value - zero) * scale - min
+        });
+        scaled * if row_scale { f32::from_bits(segment[span.row_scales + row - span.row_begin]) } else { 1.0 }
     }
 
     fn pack_row(&self, matrix: &Matrix<'_>, row: usize, words: &mut [u32]) {
@@ -252,11 +299,82 @@ impl PackedMatrix {
     }
 }
 
+/// The blocks of a packed matrix that share scales.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedBlocks {
+    /// Rows of a block, gate and up counted apart.
+    pub rows: usize,
+    /// Columns of a block.
+    pub cols: usize,
+    /// Blocks of a row.
+    pub per_row: usize,
+    /// How a scale is kept.
+    pub scale: PackedScale,
+    /// Words of the scales of a row of blocks.
+    pub words: usize,
+    /// Whether a table says which block a column belongs to.
+    pub act_order: bool,
+}
+
+impl PackedBlocks {
+    /// Appends the scales of the row of blocks that begins at `row`.
+    fn pack_row(&self, matrix: &Matrix<'_>, row: usize, words: &mut Vec<u32>) {
+        let first = words.len();
+        words.resize(first + self.words, 0);
+        let words = &mut words[first..];
+        for block in 0..self.per_row {
+            let bits = |width: usize| (block * width / 32, (block * width % 32) as u32);
+            match self.scale {
+                PackedScale::F32 => words[block] = matrix.scale_bits(row, block),
+                PackedScale::F16Zero | PackedScale::Bf16Zero => {
+                    words[block] = matrix.scale_bits(row, block) | matrix.zero(row, block) << 16;
+                }
+                PackedScale::F16 | PackedScale::Bf16 => {
+                    let (word, shift) = bits(16);
+                    words[word] |= matrix.scale_bits(row, block) << shift;
+                }
+                PackedScale::E8m0 | PackedScale::E4m3 => {
+                    let (word, shift) = bits(8);
+                    words[word] |= matrix.scale_bits(row, block) << shift;
+                }
+                PackedScale::Q4K if block % 8 == 0 => {
+                    words[block / 8 * 5..][..5].copy_from_slice(&matrix.super_block(row, block / 8));
+                }
+                PackedScale::Q6K if block % 16 == 0 => {
+                    words[block / 16 * 5..][..5].copy_from_slice(&matrix.super_block(row, block / 16));
+                }
+                PackedScale::Q4K | PackedScale::Q6K => {}
+            }
+        }
+    }
+
+    /// Scale, zero and minimum of a block, from the words of its row. Twin: shaders/fragments/scale_*.wgsl
+    pub(super) fn scale_of(&self, words: &[u32], block: usize) -> [f32; 3] {
+        let byte = || (words[block / 4] >> (8 * (block % 4))) as u8;
+        let half = || (words[block / 2] >> (16 * (block % 2))) as u16;
+        let only = |scale: f32| [scale, 0.0, 0.0];
+        let five = |at: usize| -> [u32; 5] { std::array::from_fn(|word| words[5 * at + word]) };
+        match self.scale {
+            PackedScale::F32 => only(f32::from_bits(words[block])),
+            PackedScale::F16 => only(numerics::decode_f16(half())),
+            PackedScale::Bf16 => only(numerics::decode_bf16(half())),
+            PackedScale::E8m0 => only(numerics::decode_e8m0(byte())),
+            PackedScale::E4m3 => only(numerics::decode_e4m3(byte())),
+            PackedScale::F16Zero => [numerics::decode_f16(words[block] as u16), (words[block] >> 16) as f32, 0.0],
+            PackedScale::Bf16Zero => [numerics::decode_bf16(words[block] as u16), (words[block] >> 16) as f32, 0.0],
+            PackedScale::Q4K => {
+                let [scale, min] = numerics::q4_k_scale(&five(block / 8), block % 8);
+                [scale, 0.0, min]
+            }
+            PackedScale::Q6K => only(numerics::q6_k_scale(&five(block / 16), block % 16)),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::{Orientation, ScaleFormat};
-    use crate::weights::{Dtype, Rows, Tensor};
+    use crate::spec::ScaleFormat;
 
     fn matrix(rows: usize, cols: usize, format: WeightFormat, pair: usize, bias: bool) -> PackedMatrix {
         PackedMatrix { name: "test", groups: 5, rows, cols, format, pair, bias, segments: vec![] }
@@ -282,8 +400,12 @@ mod tests {
                         let mut end = 0;
                         for span in &segment.spans {
                             assert!(span.codes >= end && span.row_begin % pair == 0 && span.row_begin < span.row_end);
-                            let [codes, scales, bias] = placed.words(span.row_begin, span.row_end);
-                            assert_eq!([span.scales, span.bias], [span.codes + codes, span.codes + codes + scales]);
+                            let [codes, scales, row_scales, order, bias] = placed.words(span.row_begin, span.row_end);
+                            assert_eq!(
+                                [span.scales, span.row_scales],
+                                [span.codes + codes, span.codes + codes + scales]
+                            );
+                            assert_eq!([span.order, span.bias], [span.row_scales + row_scales, span.order + order]);
                             end = span.bias + bias;
                             for row in span.row_begin..span.row_end {
                                 seen[span.group * rows + row] += 1;
@@ -302,67 +424,5 @@ mod tests {
         let refusal = matrix(4, 1000, WeightFormat::F32, 2, false).place("gpu", 4000).unwrap_err();
         assert_eq!(refusal.field, "segment_bytes");
         assert!(refusal.to_string().contains("1000 columns"), "{refusal}");
-    }
-
-    #[test]
-    fn packing_moves_codes_scales_and_biases_and_changes_none() {
-        let (rows, cols) = (70, 35);
-        for format in formats() {
-            let (dtype, size) = match format {
-                WeightFormat::F32 => (Dtype::F32, 4),
-                WeightFormat::F16 => (Dtype::F16, 2),
-                WeightFormat::Bf16 => (Dtype::BF16, 2),
-                WeightFormat::Fp8Block { block: _, scale: _ } => (Dtype::F8_E4M3, 1),
-            };
-            let bytes = |salt: usize| (0..rows * cols * size).map(|at| (at * 31 + salt) as u8).collect::<Vec<u8>>();
-            let scales =
-                |salt: usize| (0..9 * 3).flat_map(|at| ((at + salt) as f32).to_le_bytes()).collect::<Vec<u8>>();
-            let stored = [(bytes(1), scales(1)), (bytes(2), scales(100))];
-            let views = [0, 1].map(|at: usize| {
-                let shape = |shape: &[usize]| shape.to_vec();
-                let (codes, scales) = &stored[at];
-                let tensor = Tensor { name: "w".into(), dtype, shape: shape(&[rows, cols]), bytes: codes };
-                let scale = Tensor { name: "s".into(), dtype: Dtype::F32, shape: shape(&[9, 3]), bytes: scales };
-                let scale = (size == 1).then_some(&scale);
-                Matrix::view(&tensor, scale, format, Orientation::OutIn, Rows::All, None, [rows, cols]).unwrap()
-            });
-            let biases = [0, 1].map(|salt| (0..rows).map(|row| (row + 1000 * salt) as f32).collect::<Vec<_>>());
-            let placed = matrix(2 * rows, cols, format, 2, true).place("test", 3000).unwrap();
-            let per_word = placed.codes_per_vec() / VEC_WORDS;
-            for (at, segment) in placed.segments.iter().enumerate() {
-                let mut memory = vec![0u32; segment.words];
-                let source = |_| {
-                    Ok(GroupSource {
-                        matrices: views.iter().collect(),
-                        biases: biases.iter().map(Vec::as_slice).collect(),
-                    })
-                };
-                let write = &mut |first: usize, words: &[u32]| {
-                    memory[first..first + words.len()].copy_from_slice(words);
-                    Ok(())
-                };
-                placed.pack(at, &source, write).unwrap();
-                for span in &segment.spans {
-                    for row in span.row_begin..span.row_end {
-                        let (matrix, feature) = (&views[row % 2], row / 2);
-                        let codes = span.codes + (row - span.row_begin) * placed.vecs_per_row() * VEC_WORDS;
-                        for col in 0..cols {
-                            let word = memory[codes + col / per_word];
-                            let bits = 32 / per_word as u32;
-                            let code =
-                                word.checked_shr(bits * (col % per_word) as u32).unwrap() & (u32::MAX >> (32 - bits));
-                            assert_eq!(code, matrix.code(feature, col));
-                            if let Some(([block_rows, block_cols], per_row)) = placed.blocks() {
-                                let block = (feature / block_rows - span.first_block) * 2 + row % 2;
-                                let scale = memory[span.scales + block * per_row + col / block_cols];
-                                assert_eq!(f32::from_bits(scale), matrix.scale(feature, col));
-                            }
-                        }
-                        let bias = memory[span.bias + row - span.row_begin];
-                        assert_eq!(f32::from_bits(bias), biases[row % 2][feature]);
-                    }
-                }
-            }
-        }
     }
 }

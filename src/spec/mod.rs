@@ -4,12 +4,16 @@
 //! and every consumer destructures it with every field named, so a new field does not compile
 //! until each consumer says what it does with it.
 //!
-//! A long file on purpose: the whole vocabulary in one place. `validate.rs` beside it has the rules.
+//! A long file on purpose: the vocabulary in one place, but for the formats of weights and activations, which
+//! are in `format.rs`. `validate.rs` has the rules.
 //!
 //! Notation of the docs: T tokens, E experts, k = `top_k`, H = `hidden_size`, I = `intermediate_size`,
 //! x one row of hidden states, l logits, s scores, w routing weights.
 
+mod format;
 mod validate;
+
+pub use format::{ActivationCode, ActivationQuant, ActivationScale, ScaleFormat, ScaleRule, ScaleSpan, WeightFormat};
 
 /// One Mixture-of-Experts layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -382,58 +386,6 @@ pub enum Orientation {
     OutIn,
     /// [in, out] (gpt-oss in bf16, Llama-4, Qwen3-VL).
     InOut,
-}
-
-/// Type of the stored weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WeightFormat {
-    /// IEEE binary32.
-    F32,
-    /// IEEE binary16.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// E4M3FN codes, `w[n, k] = code * scale[n / block[0], k / block[1]]`; partial edge blocks are legal.
-    Fp8Block {
-        /// [rows, columns] of a block.
-        block: [usize; 2],
-        /// Type of the stored scale.
-        scale: ScaleFormat,
-    },
-}
-
-/// Type of a stored block scale.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ScaleFormat {
-    /// IEEE binary32.
-    F32,
-    /// Exponent byte b: 2^(b - 127), 255 = NaN.
-    E8m0,
-}
-
-/// What is done to the rows that enter an expert GEMM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ActivationQuant {
-    /// Nothing: weight-only quantisation.
-    None,
-    /// E4M3 codes with one scale per token and group of `group` columns, found at run time.
-    DynamicFp8 {
-        /// Columns that share a scale.
-        group: usize,
-        /// Rule and type of the scale.
-        scale: ActivationScale,
-    },
-}
-
-/// Scale of dynamic activation quantisation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ActivationScale {
-    /// `max(amax, 1e-10) / 448`.
-    F32,
-    /// That, rounded up to a power of two.
-    F32CeilPow2,
-    /// The same value stored as exponent bytes, four to a word.
-    Ue8m0Packed,
 }
 
 /// An MLP that every token passes. n shared experts of width I are one MLP of width n * I, except under

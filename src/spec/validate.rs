@@ -1,12 +1,11 @@
 //! The rules of a spec that need no device, each with the field it names.
 
 use super::{
-    Activation, ActivationQuant, ActivationRounding, ActivationScale, BlockScale, ChosenScore, CombineOrder,
-    CombineRounding, Denominator, Entry, ExpertInput, ExpertMlp, FloatType, GateUpLayout, GroupScore, Groups, Latent,
-    LatentNorm, LogitTransform, Lora, LoraDelta, MAX_ROUTER_OUTPUTS, MAX_WIDTH, MoeSpec, NanPolicy, Orientation,
-    OutputNorm, Placement, Precision, Rounding, Router, RouterInput, Routing, RoutingMethod, ScaleFormat, Score,
-    SelectionKey, SharedCombination, SharedExperts, SharedGate, TensorShard, WeightFormat, WeightPosition,
-    ZeroExpertKind, ZeroExperts,
+    Activation, ActivationRounding, BlockScale, ChosenScore, CombineOrder, CombineRounding, Denominator, Entry,
+    ExpertInput, ExpertMlp, FloatType, GateUpLayout, GroupScore, Groups, Latent, LatentNorm, LogitTransform, Lora,
+    LoraDelta, MAX_ROUTER_OUTPUTS, MAX_WIDTH, MoeSpec, NanPolicy, Orientation, OutputNorm, Placement, Precision,
+    Rounding, Router, RouterInput, Routing, RoutingMethod, Score, SelectionKey, SharedCombination, SharedExperts,
+    SharedGate, TensorShard, WeightPosition, ZeroExpertKind, ZeroExperts,
 };
 use crate::error::{Error, Result};
 
@@ -370,36 +369,11 @@ impl ExpertMlp {
                 ));
             }
         }
-        match activation_quant {
-            ActivationQuant::None => Ok(()),
-            ActivationQuant::DynamicFp8 {
-                group,
-                scale: ActivationScale::F32 | ActivationScale::F32CeilPow2 | ActivationScale::Ue8m0Packed,
-            } => width("activation_quant.group", *group),
-        }
+        activation_quant.validate(path, *format)
     }
 }
 
-impl WeightFormat {
-    pub(crate) fn validate(&self, path: &'static str) -> Result<()> {
-        match self {
-            Self::F32 | Self::F16 | Self::Bf16 => Ok(()),
-            Self::Fp8Block { block: [rows, columns], scale: ScaleFormat::F32 | ScaleFormat::E8m0 } => {
-                if *rows == 0 || *columns == 0 || *rows > MAX_WIDTH || *columns > MAX_WIDTH {
-                    return Err(Error::invalid(
-                        path,
-                        format!("blocks of {rows} x {columns}"),
-                        format!("blocks of 1 to {MAX_WIDTH} rows and columns"),
-                        "correct weight_block_size",
-                    ));
-                }
-                Ok(())
-            }
-        }
-    }
-}
-
-fn width(field: &'static str, value: usize) -> Result<()> {
+pub(super) fn width(field: &'static str, value: usize) -> Result<()> {
     if value == 0 || value > MAX_WIDTH {
         return Err(Error::invalid(field, value, format!("1 to {MAX_WIDTH}"), "correct the size"));
     }
@@ -413,7 +387,7 @@ fn finite(field: &'static str, value: f32) -> Result<()> {
     Ok(())
 }
 
-fn positive(field: &'static str, value: f32) -> Result<()> {
+pub(super) fn positive(field: &'static str, value: f32) -> Result<()> {
     if !(value.is_finite() && value > 0.0) {
         return Err(Error::invalid(
             field,

@@ -290,11 +290,12 @@ fn bug_21_and_45_products_beyond_31_bits_stay_in_chunks() {
 #[test]
 fn bug_23_interleaved_rows_are_not_halves() {
     use moewe::Matrix;
-    use moewe::weights::{Dtype, Rows, Tensor};
+    use moewe::weights::{Dtype, Rows, Stored, Tensor};
     let bytes: Vec<u8> = (0..12u32).flat_map(|value| (value as f32).to_le_bytes()).collect();
     let tensor = Tensor { name: "gate_up_proj".into(), dtype: Dtype::F32, shape: vec![4, 3], bytes: &bytes };
     let first = |rows| {
-        let view = Matrix::view(&tensor, None, WeightFormat::F32, Orientation::OutIn, rows, None, [2, 3]).unwrap();
+        let view =
+            Matrix::view(Stored::Plain(&tensor), WeightFormat::F32, Orientation::OutIn, rows, None, [2, 3]).unwrap();
         [view.get(0, 0), view.get(1, 0)]
     };
     assert_eq!(first(Rows::Gate(GateUpLayout::Halves)), [0.0, 3.0]);

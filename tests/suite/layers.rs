@@ -361,7 +361,7 @@ fn supports_says_what_planning_says() {
             4 => spec.precision.block_scale = BlockScale::Folded,
             5 => {
                 let scale = ActivationScale::F32;
-                spec.experts.activation_quant = ActivationQuant::DynamicFp8 { group: 128, scale };
+                spec.experts.activation_quant = ActivationQuant::dynamic_fp8(128, scale);
             }
             6 => spec.experts.format = WeightFormat::Fp8Block { block: [8, 12], scale: ScaleFormat::F32 },
             _ => {}

@@ -266,7 +266,7 @@ fn a_tensor_without_a_use_is_refused() {
 
 #[test]
 fn only_fp8_experts_take_quantised_activations() {
-    let quantised = |scale| ActivationQuant::DynamicFp8 { group: 128, scale };
+    let quantised = |scale| ActivationQuant::dynamic_fp8(128, scale);
     let wanted = quantised(ActivationScale::F32);
     let request = Request { activations: wanted, ..ANY };
     let fp8 = Sample::golden("fp8_deepseek_v3");

@@ -15,6 +15,7 @@ mod layouts;
 mod limits;
 mod lockstep;
 mod matrix;
+mod packing;
 mod random;
 mod rig;
 mod routing;

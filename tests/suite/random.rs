@@ -5,7 +5,11 @@ use std::collections::BTreeSet;
 use fastrand::Rng;
 use moewe::spec::*;
 
-pub const FORMATS: [WeightFormat; 7] = [
+const fn int4(group: Option<usize>, scale: ScaleFormat, zero_points: bool, act_order: bool) -> WeightFormat {
+    WeightFormat::Int4 { group, scale, zero_points, act_order }
+}
+
+pub const FORMATS: [WeightFormat; 23] = [
     WeightFormat::F32,
     WeightFormat::F16,
     WeightFormat::Bf16,
@@ -13,6 +17,23 @@ pub const FORMATS: [WeightFormat; 7] = [
     WeightFormat::Fp8Block { block: [16, 32], scale: ScaleFormat::F32 },
     WeightFormat::Fp8Block { block: [3, 16], scale: ScaleFormat::E8m0 },
     WeightFormat::Fp8Block { block: [32, 32], scale: ScaleFormat::E8m0 },
+    // MXFP8
+    WeightFormat::Fp8Block { block: [1, 32], scale: ScaleFormat::E8m0 },
+    WeightFormat::Fp8Block { block: [128, 64], scale: ScaleFormat::Bf16 },
+    WeightFormat::Fp8Tensor,
+    WeightFormat::Fp8Channel,
+    WeightFormat::Int8Channel,
+    WeightFormat::Mxfp4,
+    WeightFormat::Nvfp4,
+    int4(Some(32), ScaleFormat::Bf16, false, false),
+    int4(Some(16), ScaleFormat::F32, false, false),
+    int4(Some(64), ScaleFormat::F16, true, false),
+    int4(Some(32), ScaleFormat::Bf16, true, true),
+    int4(Some(128), ScaleFormat::F16, false, true),
+    int4(None, ScaleFormat::F16, false, false),
+    WeightFormat::Q8_0,
+    WeightFormat::Q4K,
+    WeightFormat::Q6K,
 ];
 const ACTIVATIONS: [Activation; 11] = [
     Activation::Swiglu { limit: None },

@@ -215,7 +215,7 @@ fn witnesses() -> Vec<Witness> {
         witness("experts.activation", |spec| spec.experts.activation = Activation::GeluTanh),
         witness("experts.activation", |spec| spec.experts.activation = Activation::GeluErf),
         witness("experts.activation_quant", |spec| {
-            let quant = ActivationQuant::DynamicFp8 { group: 128, scale: ActivationScale::F32 };
+            let quant = ActivationQuant::dynamic_fp8(128, ActivationScale::F32);
             spec.experts.activation_quant = quant;
         }),
         witness("shared.mlp.activation.limit", |spec| {

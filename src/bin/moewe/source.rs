@@ -35,7 +35,7 @@ pub fn request(checkpoint: &Checkpoint, layer: Option<usize>, activations: &str)
 
 /// `--activations`. Groups of 128 columns, as every published block-FP8 model has.
 fn activation_quant(value: &str) -> Result<ActivationQuant> {
-    let dynamic = |scale| ActivationQuant::DynamicFp8 { group: 128, scale };
+    let dynamic = |scale| ActivationQuant::dynamic_fp8(128, scale);
     match value {
         "none" => Ok(ActivationQuant::None),
         "dynamic" => Ok(dynamic(ActivationScale::F32)),

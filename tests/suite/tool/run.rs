@@ -194,7 +194,7 @@ fn activations_are_quantised_only_on_demand() {
         let (dynamic, code) = report(Some(text(&fp8)), "cpu", &["--activations", scheme]);
         assert_eq!(code, 3);
         says(dynamic["reason"].as_str().unwrap(), &["activation_quant"]);
-        says(dynamic["spec"]["experts.activation_quant"].as_str().unwrap(), &["DynamicFp8"]);
+        says(dynamic["spec"]["experts.activation_quant"].as_str().unwrap(), &["Dynamic"]);
     }
 }
 

@@ -1,0 +1,7 @@
+fn block_input_scale(entering: u32, col: u32) -> f32 {
+    return bitcast<f32>(input_scales[entering * INPUT_GROUPS + min(col / INPUT_GROUP, INPUT_GROUPS - 1u)]);
+}
+
+fn row_input_scale(entering: u32) -> f32 {
+    return 1.0;
+}

@@ -1,0 +1,14 @@
+const HAS_ZERO: bool = true;
+const HAS_MIN: bool = false;
+
+fn scale_at(scales: u32, block: u32) -> f32 {
+    return decode_f16(segment_word(scales + block) & 0xffffu);
+}
+
+fn zero_at(scales: u32, block: u32) -> f32 {
+    return f32(segment_word(scales + block) >> 16u);
+}
+
+fn min_at(scales: u32, block: u32) -> f32 {
+    return 0.0;
+}

@@ -1,0 +1,458 @@
+//! `lower`: from a spec and a device's facts to the steps that compute the layer.
+//!
+//! Buffers and matrices are laid out once, each step is drafted once; every bucket then turns the drafts
+//! into dispatches of its own kernels.
+//!
+//! This file lays out and dispatches; `routing` and `layer` have the steps in their order.
+
+mod layer;
+mod routing;
+
+use super::{Bucket, Buffer, Contents, DeviceFacts, Extent, Grid, Options, Part, Schedule, Step, Table};
+use crate::error::{Error, Result, Unsupported};
+use crate::kernels::combine::{Routed, SharedFactor, SharedRows};
+use crate::kernels::grouped_gemm::{TILE_COLS, TILE_ROWS};
+use crate::kernels::pack::{PackedMatrix, SPAN_WORDS};
+use crate::kernels::{
+    Access, Combine, Epilogue, GemmVariant, GroupedGemm, Norm, NormScale, Operation, Permute, RowSource, RowValues,
+    TopkRouting,
+};
+use crate::spec::{
+    CombineRounding, ExpertInput, ExpertMlp, FloatType, Latent, LatentNorm, LogitTransform, MoeSpec, OutputNorm,
+    Precision, Rounding, Router, RouterInput, Routing, RoutingMethod, SharedCombination, SharedExperts, SharedGate,
+    WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
+};
+use crate::support::{self, Scope, refuse};
+use crate::weights::Blocks;
+
+/// Workgroup memory that every WebGPU device has.
+const WORKGROUP_BYTES: usize = 16 << 10;
+/// Invocations of a gemv workgroup: the more, the more matrix rows share one staging of x.
+const GEMV_WORKGROUP: u32 = 256;
+/// Most invocations that share a matrix row.
+const GEMV_LANES: u32 = 64;
+/// Matrix rows whose sums one invocation holds.
+const GEMV_ROWS_PER_LANE: u32 = 4;
+
+/// Turns a spec into the schedule of a device.
+///
+/// # Errors
+/// [`Error::Invalid`] for a spec or call that breaks a rule, [`Error::Unsupported`] with the field
+/// that the backend lacks.
+pub fn lower(
+    spec: &MoeSpec,
+    scope: Scope,
+    max_tokens: usize,
+    facts: &DeviceFacts,
+    options: &Options,
+) -> Result<Schedule> {
+    spec.validate()?;
+    if max_tokens == 0 || max_tokens > 1 << 24 {
+        return Err(Error::invalid("max_tokens", max_tokens, "1 to 2^24", "plan for the largest batch you will run"));
+    }
+    supported(spec, scope, facts.backend)?;
+    let mut lowering = Lowering::new(spec, scope, max_tokens, facts, options)?;
+    lowering.buckets()?;
+    Ok(lowering.schedule)
+}
+
+/// The first field that this crate's kernels lack.
+fn supported(spec: &MoeSpec, scope: Scope, backend: &'static str) -> Result<(), Unsupported> {
+    support::landed(backend, spec, scope)?;
+    let MoeSpec {
+        hidden_size: _,
+        num_experts: _,
+        top_k: _,
+        router,
+        routing: _,
+        experts,
+        shared,
+        latent,
+        lora: _,
+        expert_input: _,
+        output_bias: _,
+        output_norm: _,
+        placement: _,
+        shard: _,
+        entry: _,
+        precision: _,
+    } = spec;
+    match router {
+        Router::Linear { input: _, format, bias: _, transform: _ }
+        | Router::Mlp { state_size: _, rms_norm_eps: _, previous_state: _, format } => {
+            scales_by_vector(backend, "router.format", *format)?;
+        }
+        Router::Given { transform: _ } => {}
+    }
+    if scope == Scope::Routing {
+        return Ok(());
+    }
+    scales_by_vector(backend, "experts.format", experts.format)?;
+    if let Some(SharedExperts { mlp, gate, combination: _ }) = shared {
+        scales_by_vector(backend, "shared.mlp.format", mlp.format)?;
+        match gate {
+            SharedGate::None | SharedGate::Joint => {}
+            SharedGate::Sigmoid { format } => scales_by_vector(backend, "shared.gate.format", *format)?,
+        }
+    }
+    match latent {
+        None => Ok(()),
+        Some(Latent { size: _, format, norm: _ }) => scales_by_vector(backend, "latent.format", *format),
+    }
+}
+
+/// The GEMM kernels look a scale up once for each vector, or half a vector of 4-bit codes.
+fn scales_by_vector(backend: &'static str, field: &'static str, format: WeightFormat) -> Result<(), Unsupported> {
+    match format.parts().blocks {
+        Some(Blocks { rows: _, cols: Some(columns), scale: _, act_order: false }) if columns % 16 != 0 => {
+            Err(refuse(backend, field, &format, "columns of a block must be a multiple of 16"))
+        }
+        None | Some(Blocks { rows: _, cols: _, scale: _, act_order: _ }) => Ok(()),
+    }
+}
+
+struct Lowering<'a> {
+    spec: &'a MoeSpec,
+    facts: &'a DeviceFacts,
+    options: &'a Options,
+    schedule: Schedule,
+    params: usize,
+    drafts: Vec<Draft>,
+}
+
+/// A step before a bucket picks its kernel.
+enum Draft {
+    /// One dispatch for each segment.
+    Gemm(Gemm),
+    /// The same in every bucket.
+    Step(Step),
+    /// Only where GEMMs are tiled.
+    Permute(Step),
+}
+
+/// One GEMM before it is cut into segments and variants.
+struct Gemm {
+    name: &'static str,
+    part: Part,
+    rows: RowSource,
+    input: Rows,
+    input_divisor: usize,
+    weigh_input: Option<Rounding>,
+    placed: Placed,
+    epilogue: Epilogue,
+    out: usize,
+    /// Buffers of the bindings that only some GEMMs have.
+    others: Vec<(&'static str, usize)>,
+}
+
+/// A buffer of rows and what it holds.
+#[derive(Clone, Copy)]
+struct Rows {
+    buffer: usize,
+    values: RowValues,
+}
+
+impl Rows {
+    fn floats(buffer: usize, float_type: FloatType) -> Self {
+        Self { buffer, values: RowValues::Floats(float_type) }
+    }
+}
+
+/// The indices of a packed matrix in the schedule.
+struct Placed {
+    matrix: usize,
+    /// (segment buffer, span buffer) of each segment.
+    buffers: Vec<(usize, usize)>,
+}
+
+/// What the routing leaves to the experts.
+struct RoutedBuffers {
+    topk_ids: usize,
+    topk_weights: usize,
+    shared_weights: Option<usize>,
+}
+
+impl<'a> Lowering<'a> {
+    fn new(
+        spec: &'a MoeSpec,
+        scope: Scope,
+        max_tokens: usize,
+        facts: &'a DeviceFacts,
+        options: &'a Options,
+    ) -> Result<Self> {
+        let chunk_tokens = chunk_tokens(spec, scope, max_tokens, facts)?;
+        let schedule = Schedule { scope, max_tokens, chunk_tokens, buffers: vec![], matrices: vec![], buckets: vec![] };
+        let mut lowering = Self { spec, facts, options, schedule, params: 0, drafts: vec![] };
+        lowering.params = lowering.buffer("params", Contents::Params, 16);
+        Ok(lowering)
+    }
+
+    fn buffer(&mut self, name: impl Into<String>, contents: Contents, bytes: usize) -> usize {
+        // Bindings are whole words, and never empty.
+        let bytes = (bytes.max(4) as u64).next_multiple_of(4);
+        self.schedule.buffers.push(Buffer { name: name.into(), contents, bytes, token_bytes: None });
+        self.schedule.buffers.len() - 1
+    }
+
+    /// A buffer with rows of `token_bytes` for all tokens.
+    fn token_buffer(&mut self, name: &str, contents: Contents, token_bytes: usize) -> usize {
+        let index = self.buffer(name, contents, self.schedule.max_tokens * token_bytes);
+        self.schedule.buffers[index].token_bytes = Some(token_bytes as u64);
+        index
+    }
+
+    /// f32 rows of one chunk.
+    fn scratch(&mut self, name: &str, values_per_token: usize) -> usize {
+        self.buffer(name, Contents::Scratch, self.schedule.chunk_tokens * values_per_token * 4)
+    }
+
+    fn table(&mut self, name: &str, table: Table, words: usize) -> usize {
+        self.buffer(name, Contents::Table(table), words * 4)
+    }
+
+    fn place(
+        &mut self,
+        name: &'static str,
+        groups: usize,
+        [rows, cols]: [usize; 2],
+        format: WeightFormat,
+        pair: usize,
+        bias: bool,
+    ) -> Result<Placed, Unsupported> {
+        let matrix = PackedMatrix { name, groups, rows, cols, format, pair, bias, segments: vec![] };
+        let limit = self.facts.max_binding_bytes;
+        let segment_bytes = self.options.segment_bytes.unwrap_or(limit).min(limit);
+        let matrix = matrix.place(self.facts.backend, segment_bytes)?;
+        let index = self.schedule.matrices.len();
+        let buffers = (0..matrix.segments.len())
+            .map(|segment| {
+                let name = |kind: &str| format!("{}.{kind}[{segment}]", matrix.name);
+                let bytes = 4 * matrix.segments[segment].words;
+                let codes = self.buffer(name("segment"), Contents::Segment { matrix: index, segment }, bytes);
+                let bytes = 4 * SPAN_WORDS * matrix.groups;
+                (codes, self.buffer(name("spans"), Contents::Spans { matrix: index, segment }, bytes))
+            })
+            .collect();
+        self.schedule.matrices.push(matrix);
+        Ok(Placed { matrix: index, buffers })
+    }
+
+    /// One of the plain products of a token's row: router, projections, gates.
+    #[allow(clippy::too_many_arguments, reason = "each is a part of the product's own description")]
+    fn project(
+        &mut self,
+        name: &'static str,
+        part: Part,
+        input: Rows,
+        shape: [usize; 2],
+        format: WeightFormat,
+        bias: bool,
+        epilogue: Epilogue,
+        out: usize,
+        others: Vec<(&'static str, usize)>,
+    ) -> Result<()> {
+        let placed = self.place(name, 1, shape, format, 1, bias)?;
+        self.drafts.push(Draft::Gemm(Gemm {
+            name,
+            part,
+            rows: RowSource::Direct { groups: 1 },
+            input,
+            input_divisor: 1,
+            weigh_input: None,
+            placed,
+            epilogue,
+            out,
+            others,
+        }));
+        Ok(())
+    }
+
+    fn norm(
+        &mut self,
+        name: &'static str,
+        part: Part,
+        norm: Norm,
+        rows: usize,
+        scale: usize,
+        out: usize,
+    ) -> Result<()> {
+        let limit = self.facts.max_workgroups as usize;
+        let x = Extent::PerToken { items: norm.rows_per_token, per: 1, limit };
+        let buffers = [("rows", rows), ("scale_vector", scale), ("out", out)];
+        let step = self.step(name, part, Operation::Norm(norm), Grid { x, y: Extent::Fixed(1) }, &buffers)?;
+        self.drafts.push(Draft::Step(step));
+        Ok(())
+    }
+
+    /// A step whose bindings find their buffers by name.
+    fn step(
+        &self,
+        name: impl Into<String>,
+        part: Part,
+        operation: Operation,
+        grid: Grid,
+        buffers: &[(&'static str, usize)],
+    ) -> Result<Step> {
+        let name = name.into();
+        let bindings = operation.source().bindings;
+        debug_assert!(bindings.iter().filter(|binding| binding.access != Access::Uniform).count() <= 8);
+        let find = |binding: &'static str| {
+            let found = buffers.iter().find(|(name, _)| *name == binding).map(|(_, buffer)| *buffer);
+            let params = (binding == "params").then_some(self.params);
+            found.or(params).ok_or_else(|| {
+                Error::invalid(binding, "no buffer", format!("one for {name}"), "this is a fault of lower")
+            })
+        };
+        let buffers = bindings.iter().map(|binding| find(binding.name)).collect::<Result<_>>()?;
+        Ok(Step { name, part, operation, buffers, grid })
+    }
+
+    fn buckets(&mut self) -> Result<()> {
+        let hidden_size = self.spec.hidden_size;
+        let input = self.spec.precision.input;
+        let hidden_states = Rows {
+            buffer: self.token_buffer("hidden_states", Contents::HiddenStates, hidden_size * input.bytes()),
+            values: RowValues::Floats(input),
+        };
+        let routed = self.routing(hidden_states)?;
+        if self.schedule.scope == Scope::Layer {
+            self.layer(hidden_states, &routed)?;
+        }
+        let chunk = self.schedule.chunk_tokens;
+        // The matrix-vector kernel has a workgroup a row.
+        let rows_per_token = self.spec.top_k.max(self.spec.shared_mlps());
+        let decode_tokens =
+            self.options.decode_tokens.min(chunk).min(self.facts.max_workgroups as usize / rows_per_token);
+        for (tokens, gemv) in [(decode_tokens, true), (chunk, false)] {
+            if tokens == 0 || (!gemv && decode_tokens == chunk) {
+                continue;
+            }
+            let mut steps = vec![];
+            for draft in &self.drafts {
+                match draft {
+                    Draft::Gemm(gemm) => self.gemm(&mut steps, gemm, gemv)?,
+                    Draft::Step(step) => steps.push(step.clone()),
+                    Draft::Permute(_) if gemv => {}
+                    Draft::Permute(step) => steps.push(step.clone()),
+                }
+            }
+            self.check_limits(&steps, tokens)?;
+            self.schedule.buckets.push(Bucket { max_tokens: tokens, steps });
+        }
+        Ok(())
+    }
+
+    fn check_limits(&self, steps: &[Step], tokens: usize) -> Result<(), Unsupported> {
+        for step in steps {
+            let memory = step.operation.workgroup_bytes();
+            if memory > WORKGROUP_BYTES {
+                let because =
+                    format!("step {} needs {memory} of {WORKGROUP_BYTES} bytes of workgroup memory", step.name);
+                let field = "num_experts, top_k or n_group";
+                return Err(refuse(self.facts.backend, field, &self.spec.num_experts, because));
+            }
+            let largest = step.grid.workgroups(tokens).into_iter().max().unwrap_or(0);
+            if largest > self.facts.max_workgroups {
+                let because = format!("step {} needs more than {} workgroups", step.name, self.facts.max_workgroups);
+                let field = "hidden_size or intermediate_size";
+                return Err(refuse(self.facts.backend, field, &largest, because));
+            }
+        }
+        Ok(())
+    }
+
+    /// One step for each segment.
+    fn gemm(&self, steps: &mut Vec<Step>, gemm: &Gemm, gemv: bool) -> Result<()> {
+        let Gemm { name, part, rows, input, input_divisor, weigh_input, ref placed, epilogue, out, ref others } = *gemm;
+        let matrix = &self.schedule.matrices[placed.matrix];
+        let limit = self.facts.max_workgroups as usize;
+        let kernel = GroupedGemm {
+            rows,
+            variant: GemmVariant::Tiled,
+            input: input.values,
+            input_divisor,
+            weigh_input,
+            matrix_rows: matrix.rows,
+            cols: matrix.cols,
+            format: matrix.format,
+            pair: matrix.pair,
+            bias: matrix.bias,
+            epilogue,
+            model: self.spec.precision.model,
+        };
+        for (segment, &(codes, spans)) in placed.buffers.iter().enumerate() {
+            let span_rows = matrix.max_span_rows(segment);
+            let (variant, grid) = if gemv {
+                let [runs, staged] = kernel.runs();
+                let lanes = (runs.min(staged) as u32).next_power_of_two().min(GEMV_LANES);
+                let tile_rows = GEMV_WORKGROUP / lanes * GEMV_ROWS_PER_LANE;
+                let items = match rows {
+                    RowSource::Direct { groups } => groups,
+                    RowSource::Routed { top_k, num_experts: _ } => top_k,
+                };
+                let variant = GemmVariant::Gemv { workgroup_size: GEMV_WORKGROUP, lanes, tile_rows };
+                let x = Extent::Fixed(span_rows.div_ceil(tile_rows as usize));
+                (variant, Grid { x, y: Extent::PerToken { items, per: 1, limit } })
+            } else {
+                let y = match rows {
+                    RowSource::Direct { groups } => Extent::GroupTiles(groups),
+                    RowSource::Routed { top_k, num_experts } => Extent::Tiles(Permute { num_experts, top_k }),
+                };
+                (GemmVariant::Tiled, Grid { x: Extent::Fixed(span_rows.div_ceil(TILE_COLS)), y })
+            };
+            let operation = Operation::GroupedGemm(GroupedGemm { variant, ..kernel.clone() });
+            let mut buffers = vec![("rows", input.buffer), ("segment", codes), ("spans", spans), ("out", out)];
+            buffers.extend(others);
+            let name = if placed.buffers.len() == 1 { name.to_string() } else { format!("{name}[{segment}]") };
+            steps.push(self.step(name, part, operation, grid, &buffers)?);
+        }
+        Ok(())
+    }
+}
+
+/// Tokens whose activations fit the device's bindings.
+fn chunk_tokens(spec: &MoeSpec, scope: Scope, max_tokens: usize, facts: &DeviceFacts) -> Result<usize> {
+    // Chunks of 128 tokens begin at multiples of 256 bytes whatever a token has, as bindings must.
+    const GRANULE: usize = 128;
+    let limit = usize::try_from(facts.max_binding_bytes.min(1 << 31)).unwrap_or(usize::MAX);
+    let mut per_token = vec![("hidden_size", 4 * spec.hidden_size), ("num_experts", 4 * spec.router_outputs())];
+    match spec.router {
+        Router::Mlp { state_size, rms_norm_eps: _, previous_state: _, format: _ } => {
+            per_token.push(("router.state_size", 4 * state_size));
+        }
+        Router::Linear { input: _, format: _, bias: _, transform: _ } | Router::Given { transform: _ } => {}
+    }
+    let mut rows_per_token = spec.top_k;
+    if scope == Scope::Layer {
+        per_token.push(("top_k * hidden_size", 4 * spec.top_k * spec.expert_width()));
+        per_token.push(("top_k * intermediate_size", 4 * spec.top_k * spec.experts.intermediate_size));
+        if let Some(SharedExperts { mlp, gate: _, combination: _ }) = &spec.shared {
+            let mlps = spec.shared_mlps();
+            rows_per_token = rows_per_token.max(mlps);
+            per_token.push(("shared.hidden_size", 4 * mlps * spec.hidden_size));
+            per_token.push(("shared.intermediate_size", 4 * mlps * mlp.intermediate_size));
+        }
+    }
+    // The routing has a workgroup a token, the tiled GEMM one a tile.
+    let workgroups = facts.max_workgroups as usize;
+    let tiled = workgroups.saturating_sub(spec.num_experts) * TILE_ROWS / rows_per_token;
+    let mut chunk = max_tokens.min(workgroups).min(tiled);
+    if chunk < GRANULE.min(max_tokens) {
+        let because = format!("{GRANULE} tokens need more than {workgroups} workgroups");
+        return Err(refuse(facts.backend, "top_k", &spec.top_k, because).into());
+    }
+    for (field, bytes) in per_token {
+        let fits = limit / bytes;
+        if fits < GRANULE.min(max_tokens) {
+            return Err(refuse(
+                facts.backend,
+                field,
+                &(bytes / 4),
+                format!("the activations of {GRANULE} tokens exceed a binding of {limit} bytes"),
+            )
+            .into());
+        }
+        chunk = chunk.min(fits);
+    }
+    Ok(if chunk < max_tokens { chunk / GRANULE * GRANULE } else { chunk })
+}
