@@ -11,10 +11,10 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::kernels::Operation;
 use crate::kernels::pack::GroupSource;
-use crate::schedule::{self, Buffer, Contents, DeviceFacts, Options, Part, Schedule, Step, Table};
+use crate::schedule::{self, Buffer, Contents, DeviceFacts, Gemms, Options, Part, Schedule, Step, Table};
 use crate::spec::MoeSpec;
 use crate::support::Scope;
-use crate::weights::{LatentNormWeights, Matrix, MlpWeights, MoeWeights, RouterWeights};
+use crate::weights::{InputScales, LatentNormWeights, Matrix, MlpWeights, MoeWeights, RouterWeights};
 
 /// A device API. Everything a backend must do; nothing here has a default.
 pub trait Backend: Sized {
@@ -87,7 +87,7 @@ pub struct Launch<'a, B: Backend> {
 /// # Errors
 /// The field that this backend lacks, or the rule that the spec breaks.
 pub fn supports<B: Backend>(backend: &B, spec: &MoeSpec, max_tokens: usize) -> Result<()> {
-    let options = Options { segment_bytes: None, decode_tokens: schedule::DECODE_TOKENS };
+    let options = Options { segment_bytes: None, decode_tokens: schedule::DECODE_TOKENS, fuse_quantization: true };
     schedule::lower(spec, Scope::Layer, max_tokens, &backend.facts(), &options).map(|_| ())
 }
 
@@ -478,6 +478,8 @@ fn table(
             (Some(LatentNormWeights::Reduced(weight)), Table::LatentReducedNorm) => Some(weight),
             (_, _) => None,
         },
+        Table::ExpertInputScales(gemm) => return Ok(input_scales(weights.map(|weights| &weights.experts), gemm)),
+        Table::SharedInputScales(gemm) => return Ok(input_scales(weights.map(|weights| &weights.shared), gemm)),
         Table::OutputBias => weights.and_then(|weights| weights.output_bias.as_deref()),
         Table::OutputNorm => weights.and_then(|weights| weights.output_norm.as_deref()),
     };
@@ -490,6 +492,15 @@ fn table(
             "make weights and spec agree",
         )),
     }
+}
+
+/// The static scales of what enters a GEMM; `MoeWeights::check` has seen to it that each MLP has them.
+fn input_scales(mlps: Option<&Vec<MlpWeights<'_>>>, gemm: Gemms) -> Vec<u32> {
+    let one = |scales: &InputScales| match gemm {
+        Gemms::GateUp => scales.gate_up.to_bits(),
+        Gemms::Down => scales.down.to_bits(),
+    };
+    mlps.into_iter().flatten().filter_map(|mlp| mlp.input_scales.as_ref()).map(one).collect()
 }
 
 /// Where the rows of a packed matrix come from.

@@ -6,11 +6,12 @@
 //! A long file: one layer, from its input to its output.
 
 use crate::error::{Error, Result};
-use crate::numerics;
+use crate::numerics::{self, SpanScale};
 use crate::spec::{
-    ActivationRounding, ChosenScore, CombineOrder, CombineRounding, ExpertInput, ExpertMlp, GroupScore, Groups, Latent,
-    LatentNorm, LogitTransform, MoeSpec, NanPolicy, OutputNorm, Rounding, Router, RouterInput, Routing, RoutingMethod,
-    Score, SelectionKey, SharedCombination, SharedExperts, SharedGate, WeightPosition, ZeroExpertKind, ZeroExperts,
+    ActivationQuant, ActivationRounding, ChosenScore, CombineOrder, CombineRounding, ExpertInput, ExpertMlp,
+    GroupScore, Groups, Latent, LatentNorm, LogitTransform, MoeSpec, NanPolicy, OutputNorm, Rounding, Router,
+    RouterInput, Routing, RoutingMethod, ScaleSpan, Score, SelectionKey, SharedCombination, SharedExperts, SharedGate,
+    WeightPosition, ZeroExpertKind, ZeroExperts,
 };
 use crate::support::{self, Scope};
 use crate::weights::{LatentNormWeights, Matrix, MlpWeights, MoeWeights, RouterMlpWeights, RouterWeights};
@@ -140,12 +141,17 @@ pub fn experts(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: Inputs<'_>, rou
             ));
         }
     };
+    let chosen: Vec<Vec<(i32, f32)>> = (0..tokens)
+        .map(|token| {
+            let slots = token * spec.top_k..(token + 1) * spec.top_k;
+            slots.map(|slot| (topk_ids[slot], topk_weights[slot])).collect()
+        })
+        .collect();
+    let largest = Largest::find(spec, weights, read, &chosen);
     let mut output = Vec::with_capacity(read.len());
-    for (token, x) in read.chunks_exact(spec.hidden_size).enumerate() {
-        let slots = token * spec.top_k..(token + 1) * spec.top_k;
-        let chosen: Vec<(i32, f32)> = slots.map(|slot| (topk_ids[slot], topk_weights[slot])).collect();
+    for ((token, x), chosen) in read.chunks_exact(spec.hidden_size).enumerate().zip(chosen) {
         let shares = &shared_weights[token * shares..(token + 1) * shares];
-        let mut row = token_output(spec, weights, x, chosen, shares);
+        let mut row = token_output(spec, weights, x, chosen, shares, &largest);
         if let (Some(OutputNorm { eps }), Some(weight)) = (spec.output_norm, &weights.output_norm) {
             let sum: Vec<f32> = row.iter().map(|&value| value as f32).collect();
             row = multiply(&rms_norm(&sum, eps), weight).into_iter().map(f64::from).collect();
@@ -155,6 +161,38 @@ pub fn experts(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: Inputs<'_>, rou
     Ok(output)
 }
 
+/// The codes [T, width] and scales [T, spans] of what the routed experts read, where each row is quantised once
+/// a token and by itself.
+///
+/// # Errors
+/// As [`experts`], and a spec that quantises nothing, or otherwise.
+pub fn input_codes(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: Inputs<'_>) -> Result<(Vec<u8>, Vec<f32>)> {
+    spec.validate()?;
+    weights.check(spec)?;
+    token_count(spec, inputs.hidden_states)?;
+    let by_token = match spec.experts.activation_quant {
+        ActivationQuant::Dynamic { code: _, span: ScaleSpan::Group(_) | ScaleSpan::Token, rule: _, scale: _ } => {
+            spec.routing.weight_position != WeightPosition::Input
+        }
+        ActivationQuant::None
+        | ActivationQuant::Static { code: _ }
+        | ActivationQuant::Dynamic { code: _, span: ScaleSpan::Tensor, rule: _, scale: _ } => false,
+    };
+    if !by_token {
+        let found = format!("{:?}", spec.experts.activation_quant);
+        let expected = "Dynamic by group or token, without routing weights on the input";
+        return Err(Error::invalid("experts.activation_quant", found, expected, "ask for no codes"));
+    }
+    let rows = inputs.expert_hidden_states.unwrap_or(inputs.hidden_states).chunks_exact(spec.hidden_size);
+    let mut all = (vec![], vec![]);
+    for x in rows {
+        let row = Entering::of(expert_input(spec, weights, x), spec.experts.activation_quant, None, f32::NAN);
+        all.0.extend(row.codes);
+        all.1.extend(row.spans.map(|(_, scales)| scales).unwrap_or_default());
+    }
+    Ok(all)
+}
+
 /// One token's row before the norm on it and the rounding to the output type.
 fn token_output(
     spec: &MoeSpec,
@@ -162,6 +200,7 @@ fn token_output(
     x: &[f32],
     mut chosen: Vec<(i32, f32)>,
     shares: &[f32],
+    largest: &Largest,
 ) -> Vec<f64> {
     let precision = &spec.precision;
     // Products and partial sums are f64, or of type T at every step.
@@ -180,23 +219,7 @@ fn token_output(
         CombineOrder::Slot => {}
         CombineOrder::Expert => chosen.sort_by_key(|(id, _)| *id),
     }
-    let entering = match (&spec.latent, &weights.latent) {
-        (Some(Latent { size: _, format: _, norm }), Some(latent)) => {
-            let z = project(&latent.down, x);
-            match (norm, &latent.norm) {
-                (LatentNorm::PreAndPost { pre_eps, post_eps: _ }, LatentNormWeights::PreAndPost { pre, post: _ }) => {
-                    multiply(&rms_norm(&z, *pre_eps), pre)
-                }
-                (
-                    LatentNorm::None
-                    | LatentNorm::Reduced { eps: _ }
-                    | LatentNorm::PreAndPost { pre_eps: _, post_eps: _ },
-                    _,
-                ) => z,
-            }
-        }
-        (Some(_) | None, _) => x.to_vec(),
-    };
+    let entering = expert_input(spec, weights, x);
     let mut sum = vec![0f64; entering.len()];
     for (id, weight) in chosen {
         let Ok(id) = usize::try_from(id) else {
@@ -211,7 +234,8 @@ fn token_output(
         }
         let (row, on_output) = match (weights.experts.get(id), spec.routing.zero_experts) {
             (Some(expert), _) => {
-                let row = mlp(spec, &spec.experts, expert, &entering, weight, spec.routing.weight_position);
+                let position = spec.routing.weight_position;
+                let row = mlp(spec, &spec.experts, expert, &entering, weight, position, &largest.experts);
                 let row = match (&spec.latent, weights.latent.as_ref().map(|latent| &latent.norm)) {
                     (
                         Some(Latent { size: _, format: _, norm: LatentNorm::PreAndPost { pre_eps: _, post_eps } }),
@@ -261,7 +285,7 @@ fn token_output(
                 (SharedGate::Sigmoid { format: _ }, None) | (SharedGate::None, _) => 1.0,
             };
             let factor = step(f64::from(factor)) as f32;
-            let row = mlp(spec, shape, shared, x, 1.0, WeightPosition::Output);
+            let row = mlp(spec, shape, shared, x, 1.0, WeightPosition::Output, &largest.shared);
             for (sum, value) in sum.iter_mut().zip(row) {
                 // What the roundings of a weighted row are to the routed experts, they are not to this one,
                 // unless every step is rounded.
@@ -278,6 +302,27 @@ fn token_output(
         }
     }
     sum
+}
+
+/// The row that the routed experts read.
+fn expert_input(spec: &MoeSpec, weights: &MoeWeights<'_>, x: &[f32]) -> Vec<f32> {
+    match (&spec.latent, &weights.latent) {
+        (Some(Latent { size: _, format: _, norm }), Some(latent)) => {
+            let z = project(&latent.down, x);
+            match (norm, &latent.norm) {
+                (LatentNorm::PreAndPost { pre_eps, post_eps: _ }, LatentNormWeights::PreAndPost { pre, post: _ }) => {
+                    multiply(&rms_norm(&z, *pre_eps), pre)
+                }
+                (
+                    LatentNorm::None
+                    | LatentNorm::Reduced { eps: _ }
+                    | LatentNorm::PreAndPost { pre_eps: _, post_eps: _ },
+                    _,
+                ) => z,
+            }
+        }
+        (Some(_) | None, _) => x.to_vec(),
+    }
 }
 
 /// `x / sqrt(mean x^2 + eps)`.
@@ -593,33 +638,171 @@ fn allowed_by_group(groups: Groups, scores: &[f32], keys: &[Option<f32>]) -> Vec
     (0..keys.len()).map(|e| kept.contains(&(e / size))).collect()
 }
 
-/// One expert on one row, unweighted except where the weight acts inside.
-fn mlp(
+/// The largest magnitudes of all rows that enter an MLP's GEMMs, where they share one scale.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct TensorAmax {
+    input: f32,
+    hidden: f32,
+}
+
+/// Those of the routed and of the shared experts.
+struct Largest {
+    experts: TensorAmax,
+    shared: TensorAmax,
+}
+
+impl Largest {
+    fn find(spec: &MoeSpec, weights: &MoeWeights<'_>, rows: &[f32], chosen: &[Vec<(i32, f32)>]) -> Self {
+        let none = TensorAmax { input: f32::NAN, hidden: f32::NAN };
+        let mut largest = Self { experts: none, shared: none };
+        let rows = || rows.chunks_exact(spec.hidden_size);
+        let position = spec.routing.weight_position;
+        if by_tensor(&spec.experts) {
+            let mlp = &spec.experts;
+            let mut inputs = vec![];
+            let mut hidden = vec![];
+            // The second scale follows from activations of rows that the first has quantised.
+            for find_hidden in [false, true] {
+                for (x, chosen) in rows().zip(chosen) {
+                    let entering = expert_input(spec, weights, x);
+                    for (id, weight) in chosen {
+                        let expert = usize::try_from(*id).ok().and_then(|id| weights.experts.get(id));
+                        let Some(expert) = expert else { continue };
+                        match find_hidden {
+                            false => inputs.extend(weighted_input(spec, &entering, *weight, position)),
+                            true => {
+                                let args = (&entering[..], *weight, position);
+                                hidden.extend(hidden_row(spec, mlp, expert, args, &largest.experts));
+                            }
+                        }
+                    }
+                    // Rows that no weight has touched are quantised once a token, chosen experts or not.
+                    if !find_hidden && position != WeightPosition::Input {
+                        inputs.extend(entering);
+                    }
+                }
+                largest.experts.input = numerics::largest_magnitude(&inputs);
+            }
+            largest.experts.hidden = numerics::largest_magnitude(&hidden);
+        }
+        if let Some(SharedExperts { mlp, gate: _, combination: _ }) = spec.shared.as_ref().filter(|s| by_tensor(&s.mlp))
+        {
+            largest.shared.input = rows().map(numerics::largest_magnitude).fold(0.0, larger);
+            let position = WeightPosition::Output;
+            let hidden = rows().flat_map(|x| weights.shared.iter().map(move |shared| (x, shared)));
+            let hidden = hidden.map(|(x, shared)| {
+                numerics::largest_magnitude(&hidden_row(spec, mlp, shared, (x, 1.0, position), &largest.shared))
+            });
+            largest.shared.hidden = hidden.fold(0.0, larger);
+        }
+        largest
+    }
+}
+
+fn larger(a: f32, b: f32) -> f32 {
+    numerics::largest_magnitude(&[a, b])
+}
+
+fn by_tensor(mlp: &ExpertMlp) -> bool {
+    match mlp.activation_quant {
+        ActivationQuant::Dynamic { code: _, span: ScaleSpan::Tensor, rule: _, scale: _ } => true,
+        ActivationQuant::None
+        | ActivationQuant::Static { code: _ }
+        | ActivationQuant::Dynamic { code: _, span: ScaleSpan::Group(_) | ScaleSpan::Token, rule: _, scale: _ } => {
+            false
+        }
+    }
+}
+
+/// A row as a GEMM reads it.
+struct Entering {
+    /// Numbers, or the values of codes.
+    values: Vec<f32>,
+    /// The codes, if they are some.
+    codes: Vec<u8>,
+    /// Columns of a span, and the scale of each, if they are codes.
+    spans: Option<(usize, Vec<f32>)>,
+}
+
+impl Entering {
+    /// `fixed` and `amax` are the scale and the largest magnitude that the quantisation takes from outside.
+    fn of(values: Vec<f32>, quant: ActivationQuant, fixed: Option<f32>, amax: f32) -> Self {
+        let (code, width, span): (_, _, &dyn Fn(&[f32]) -> SpanScale) = match quant {
+            ActivationQuant::None => return Self { values, codes: vec![], spans: None },
+            ActivationQuant::Static { code } => (code, values.len(), &|_| SpanScale::fixed(fixed.unwrap_or(f32::NAN))),
+            ActivationQuant::Dynamic { code, span, rule, scale } => match span {
+                ScaleSpan::Group(columns) => (code, columns, &move |values| {
+                    SpanScale::dynamic(code, rule, scale, numerics::largest_magnitude(values))
+                }),
+                ScaleSpan::Token => (code, values.len(), &move |values| {
+                    SpanScale::dynamic(code, rule, scale, numerics::largest_magnitude(values))
+                }),
+                ScaleSpan::Tensor => (code, values.len(), &move |_| SpanScale::dynamic(code, rule, scale, amax)),
+            },
+        };
+        let mut scales = vec![];
+        let mut codes = vec![];
+        for values in values.chunks(width) {
+            let span = span(values);
+            scales.push(span.scale);
+            codes.extend(values.iter().map(|value| span.encode(code, *value)));
+        }
+        let values = codes.iter().map(|byte| numerics::decode_activation(code, *byte)).collect();
+        Self { values, codes, spans: Some((width, scales)) }
+    }
+
+    /// `W x`, row `row`: of codes the sum of each run of columns that share both scales, scaled, then added.
+    fn dot(&self, matrix: &Matrix<'_>, row: usize) -> f32 {
+        let Some((width, scales)) = &self.spans else { return dot(matrix, row, &self.values) };
+        let (mut sum, mut run) = (0.0, 0.0);
+        for (col, value) in self.values.iter().enumerate() {
+            run += f64::from(matrix.code_value(row, col)) * f64::from(*value);
+            let (block, span) = (matrix.block_of(col), col / width);
+            let last = col + 1 == self.values.len();
+            if last || matrix.block_of(col + 1) != block || (col + 1) / width != span {
+                let [scale, _] = matrix.block_scale(row, block);
+                sum += run * f64::from(scale) * f64::from(scales[span]);
+                run = 0.0;
+            }
+        }
+        (sum * f64::from(matrix.row_scale(row))) as f32
+    }
+}
+
+/// What enters the first GEMM before it is quantised.
+fn weighted_input(spec: &MoeSpec, x: &[f32], weight: f32, position: WeightPosition) -> Vec<f32> {
+    let precision = &spec.precision;
+    match position {
+        WeightPosition::Output | WeightPosition::BeforeDown => x.to_vec(),
+        WeightPosition::Input => {
+            x.iter().map(|x| numerics::round_to(precision.rounded(precision.weighted_input), x * weight)).collect()
+        }
+    }
+}
+
+/// What enters the second GEMM before it is quantised.
+fn hidden_row(
     spec: &MoeSpec,
     shape: &ExpertMlp,
     weights: &MlpWeights<'_>,
-    x: &[f32],
-    weight: f32,
-    position: WeightPosition,
+    (x, weight, position): (&[f32], f32, WeightPosition),
+    amax: &TensorAmax,
 ) -> Vec<f32> {
     let precision = &spec.precision;
     let rounded = |rounding: Rounding, value: f32| numerics::round_to(precision.rounded(rounding), value);
-    let (on_input, before_down) = match position {
-        WeightPosition::Output => (None, None),
-        WeightPosition::Input => (Some(weight), None),
-        WeightPosition::BeforeDown => (None, Some(weight)),
+    let before_down = match position {
+        WeightPosition::Output | WeightPosition::Input => None,
+        WeightPosition::BeforeDown => Some(weight),
     };
-    let MlpWeights { gate, up, down, gate_bias, up_bias, down_bias, input_scales: _ } = weights;
+    let MlpWeights { gate, up, down: _, gate_bias, up_bias, down_bias: _, input_scales } = weights;
     let bias = |bias: &Option<Vec<f32>>, row: usize| bias.as_ref().map_or(0.0, |bias| bias[row]);
-    let x: Vec<f32> = match on_input {
-        None => x.to_vec(),
-        Some(weight) => x.iter().map(|x| rounded(precision.weighted_input, x * weight)).collect(),
-    };
-    let hidden: Vec<f32> = (0..shape.intermediate_size)
+    let fixed = input_scales.map(|scales| scales.gate_up);
+    let x = Entering::of(weighted_input(spec, x, weight, position), shape.activation_quant, fixed, amax.input);
+    (0..shape.intermediate_size)
         .map(|row| {
-            let up = rounded(precision.gate_up, dot(up, row, &x) + bias(up_bias, row));
+            let up = rounded(precision.gate_up, x.dot(up, row) + bias(up_bias, row));
             let gate = match gate {
-                Some(gate) => rounded(precision.gate_up, dot(gate, row, &x) + bias(gate_bias, row)),
+                Some(gate) => rounded(precision.gate_up, x.dot(gate, row) + bias(gate_bias, row)),
                 None => up,
             };
             let [gate, up] = numerics::activate_parts(shape.activation, gate, up);
@@ -631,6 +814,22 @@ fn mlp(
                 ActivationRounding::Torch => model(weighted(model(model(gate) * model(up)))),
             }
         })
-        .collect();
-    (0..down.shape()[0]).map(|row| dot(down, row, &hidden) + bias(down_bias, row)).collect()
+        .collect()
+}
+
+/// One expert on one row, unweighted except where the weight acts inside.
+fn mlp(
+    spec: &MoeSpec,
+    shape: &ExpertMlp,
+    weights: &MlpWeights<'_>,
+    x: &[f32],
+    weight: f32,
+    position: WeightPosition,
+    amax: &TensorAmax,
+) -> Vec<f32> {
+    let hidden = hidden_row(spec, shape, weights, (x, weight, position), amax);
+    let fixed = weights.input_scales.map(|scales| scales.down);
+    let hidden = Entering::of(hidden, shape.activation_quant, fixed, amax.hidden);
+    let bias = |row: usize| weights.down_bias.as_ref().map_or(0.0, |bias| bias[row]);
+    (0..weights.down.shape()[0]).map(|row| hidden.dot(&weights.down, row) + bias(row)).collect()
 }

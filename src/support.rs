@@ -89,8 +89,8 @@ pub(crate) fn landed(backend: &'static str, spec: &MoeSpec, scope: Scope) -> Res
         BlockScale::Exact => {}
         BlockScale::Folded => return lacks("precision.block_scale", block_scale, "no folded scales yet"),
     }
-    let shared = shared.as_ref().map(|SharedExperts { mlp, gate: _, combination: _ }| ("shared.mlp", mlp));
-    for (path, mlp) in [("experts", experts)].into_iter().chain(shared) {
+    let shared = shared.as_ref().map(|SharedExperts { mlp, gate: _, combination: _ }| mlp);
+    for mlp in std::iter::once(experts).chain(shared) {
         let ExpertMlp {
             intermediate_size: _,
             activation,
@@ -111,11 +111,9 @@ pub(crate) fn landed(backend: &'static str, spec: &MoeSpec, scope: Scope) -> Res
             | Activation::Relu2 => {}
         }
         match activation_quant {
-            ActivationQuant::None => {}
-            ActivationQuant::Dynamic { code: _, span: _, rule: _, scale: _ } | ActivationQuant::Static { code: _ } => {
-                let field = if path == "experts" { "experts.activation_quant" } else { "shared.mlp.activation_quant" };
-                return lacks(field, activation_quant, "no activation quantisation yet");
-            }
+            ActivationQuant::None
+            | ActivationQuant::Dynamic { code: _, span: _, rule: _, scale: _ }
+            | ActivationQuant::Static { code: _ } => {}
         }
     }
     match latent {

@@ -10,7 +10,7 @@ fn tile_of(index: u32) -> Tile {
         return Tile(-1, 0u, 0u);
     }
     let tile = tiles[index + 1u];
-    return Tile(expert_slots[tile.x], tile.y, tile.z);
+    return Tile(bitcast<i32>(tile.x), tile.y, tile.z);
 }
 
 fn tile_row(tile: Tile, position: u32) -> u32 {

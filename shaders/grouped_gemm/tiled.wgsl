@@ -24,7 +24,7 @@ fn weight_at(span: Span, matrix_row: u32, col: u32) -> f32 {
     let weight = weight_one(segment_word(first + col / WEIGHTS_PER_WORD), col % WEIGHTS_PER_WORD);
     let scales = scale_row(span, matrix_row);
     let block = block_of(span, matrix_row, col);
-    if K_BLOCK > 0u {
+    if BLOCK_SUMS {
         return weight - zero_at(scales, block);
     }
     return (weight - zero_at(scales, block)) * scale_at(scales, block) - min_at(scales, block);
@@ -120,7 +120,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             sums3 += a.w * b;
         }
         workgroupBarrier();
-        if K_BLOCK > 0u {
+        if BLOCK_SUMS {
             if (begin + TILE_K) % K_BLOCK == 0u || begin + TILE_K >= COLS {
                 let scales = block_scales(span, result, last_result, begin);
                 total0 += sums0 * (scales * block_input_scale(x0 / INPUT_DIVISOR, begin));
@@ -134,7 +134,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             }
         }
     }
-    if K_BLOCK > 0u {
+    if BLOCK_SUMS {
         sums0 = total0;
         sums1 = total1;
         sums2 = total2;

@@ -85,7 +85,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let count = row_scan[WORKGROUP - 1u];
     for (var tile = index; tile * TILE_M < count; tile += WORKGROUP) {
         let done = tile * TILE_M;
-        tiles[1u + first_tile + tile] = vec4<u32>(expert, first_row + done, min(TILE_M, count - done), 0u);
+        tiles[1u + first_tile + tile] = vec4<u32>(bitcast<u32>(expert_slots[expert]), first_row + done, min(TILE_M, count - done), 0u);
     }
     if expert == 0u && index == 0u {
         tiles[0] = vec4<u32>(tile_scan[WORKGROUP - 1u], 0u, 0u, 0u);

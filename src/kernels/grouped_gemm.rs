@@ -123,16 +123,57 @@ pub enum Epilogue {
     /// The erf GELU of each.
     GeluErf,
     /// Gate and up to what the second GEMM reads.
-    Activation {
-        /// Which.
-        activation: Activation,
-        /// Rounding of gate and up.
-        gate_up: Rounding,
-        /// Roundings behind that.
-        rounding: ActivationRounding,
-        /// Whether routing weights multiply the result.
-        weighted: bool,
-    },
+    Activation(Activated),
+}
+
+/// From gate and up to what the second GEMM reads, in an epilogue or in front of a quantisation.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Activated {
+    /// Which activation.
+    pub activation: Activation,
+    /// Rounding of gate and up.
+    pub gate_up: Rounding,
+    /// Roundings behind that.
+    pub rounding: ActivationRounding,
+    /// Whether routing weights multiply the result.
+    pub weighted: bool,
+}
+
+impl Activated {
+    /// Twin: shaders/fragments/epilogue_activation.wgsl
+    pub(super) fn apply(&self, model: FloatType, gate_up: [f32; 2], weight: Option<f32>) -> f32 {
+        let [gate, up] = gate_up.map(|value| match self.gate_up {
+            Rounding::F32 => value,
+            Rounding::Model => numerics::round_to(model, value),
+        });
+        let [gate, up] = numerics::activate_parts(self.activation, gate, up);
+        let model = |value| numerics::round_to(model, value);
+        let weigh = |value: f32| weight.map_or(value, |weight| value * weight);
+        match self.rounding {
+            ActivationRounding::F32 => weigh(gate * up),
+            ActivationRounding::Fused => model(weigh(gate * up)),
+            ActivationRounding::Torch => model(weigh(model(model(gate) * model(up)))),
+        }
+    }
+
+    /// The fragment `finish`, and those that it needs.
+    pub(super) fn fragments(&self, constants: &mut Vec<(&'static str, Value)>) -> Vec<Fragment> {
+        let (parts, hidden) = match self.rounding {
+            ActivationRounding::F32 => (false, false),
+            ActivationRounding::Fused => (false, true),
+            ActivationRounding::Torch => (true, true),
+        };
+        constants.push(("ROUND_GATE_UP", Value::Bool(self.gate_up == Rounding::Model)));
+        constants.push(("ROUND_PARTS", Value::Bool(parts)));
+        constants.push(("ROUND_HIDDEN", Value::Bool(hidden)));
+        let mut fragments = activation_fragments(self.activation, constants);
+        fragments.push(match self.weighted {
+            true => shader!("fragments/hidden_weighted.wgsl"),
+            false => shader!("fragments/hidden_unweighted.wgsl"),
+        });
+        fragments.push(shader!("fragments/epilogue_activation.wgsl"));
+        fragments
+    }
 }
 
 impl GroupedGemm {
@@ -144,7 +185,7 @@ impl GroupedGemm {
     /// Packed rows that yield a value.
     fn feature_rows(&self) -> usize {
         match self.epilogue {
-            Epilogue::Activation { activation: _, gate_up: _, rounding: _, weighted: _ } => self.pair,
+            Epilogue::Activation(_) => self.pair,
             Epilogue::Sums | Epilogue::AddState | Epilogue::GeluErf => 1,
         }
     }
@@ -154,7 +195,7 @@ impl GroupedGemm {
     pub fn k_block(&self) -> Option<usize> {
         let RowValues::Codes { code: _, group, scales: _ } = self.input else { return None };
         let weights = self.layout().blocks().filter(|blocks| blocks.per_row > 1).map(|blocks| blocks.cols);
-        group.into_iter().chain(weights).min().filter(|block| *block < self.cols)
+        group.into_iter().chain(weights).min()
     }
 
     /// Vectors that the gemv kernel sums before a scale acts.
@@ -264,22 +305,9 @@ impl GroupedGemm {
             Epilogue::GeluErf => {
                 fragments.extend([shader!("fragments/gelu_erf.wgsl"), shader!("fragments/epilogue_gelu.wgsl")]);
             }
-            Epilogue::Activation { activation, gate_up, rounding, weighted: weighs } => {
-                let (parts, hidden) = match rounding {
-                    ActivationRounding::F32 => (false, false),
-                    ActivationRounding::Fused => (false, true),
-                    ActivationRounding::Torch => (true, true),
-                };
-                constants.push(("ROUND_GATE_UP", Value::Bool(gate_up == Rounding::Model)));
-                constants.push(("ROUND_PARTS", Value::Bool(parts)));
-                constants.push(("ROUND_HIDDEN", Value::Bool(hidden)));
-                fragments.extend(activation_fragments(activation, &mut constants));
-                weighted = weighted || weighs;
-                fragments.push(match weighs {
-                    true => shader!("fragments/hidden_weighted.wgsl"),
-                    false => shader!("fragments/hidden_unweighted.wgsl"),
-                });
-                fragments.push(shader!("fragments/epilogue_activation.wgsl"));
+            Epilogue::Activation(activated) => {
+                fragments.extend(activated.fragments(&mut constants));
+                weighted = weighted || activated.weighted;
             }
         }
         if weighted {
@@ -311,7 +339,8 @@ impl GroupedGemm {
             }
             (GemmVariant::Tiled, rows) => {
                 constants.push(("TILE_M", Value::U32(TILE_ROWS as u32)));
-                constants.push(("K_BLOCK", Value::U32(self.k_block().unwrap_or(0) as u32)));
+                constants.push(("BLOCK_SUMS", Value::Bool(self.k_block().is_some())));
+                constants.push(("K_BLOCK", Value::U32(self.k_block().unwrap_or(self.cols) as u32)));
                 if layout.blocks().is_some() {
                     constants.push(("PAIR", Value::U32(self.pair as u32)));
                 }
@@ -321,11 +350,7 @@ impl GroupedGemm {
                         fragments.push(shader!("fragments/tiles_direct.wgsl"));
                     }
                     RowSource::Routed { top_k: _, num_experts: _ } => {
-                        bindings.extend([
-                            read("sorted_rows", "array<u32>"),
-                            read("tiles", "array<vec4<u32>>"),
-                            expert_slots,
-                        ]);
+                        bindings.extend([read("sorted_rows", "array<u32>"), read("tiles", "array<vec4<u32>>")]);
                         fragments.push(shader!("fragments/tiles_permuted.wgsl"));
                         // The list of tiles says how many rows there are.
                         bindings.retain(|binding| binding.access != Access::Uniform);
@@ -357,14 +382,13 @@ impl GroupedGemm {
                 ids.iter().map(|id| slot(id).unwrap_or(-1)).collect()
             }
             (GemmVariant::Tiled, RowSource::Routed { top_k: _, num_experts: _ }) => {
-                let expert_slots = arguments.read_i32("expert_slots")?;
                 let sorted_rows = arguments.read("sorted_rows")?;
                 let tiles = arguments.read("tiles")?;
                 let mut slots = vec![-1; sorted_rows.len()];
                 for tile in tiles.chunks_exact(4).skip(1).take(tiles[0] as usize) {
                     let (first, count) = (tile[1] as usize, tile[2] as usize);
                     for &row in &sorted_rows[first..first + count] {
-                        slots[row as usize] = expert_slots[tile[0] as usize];
+                        slots[row as usize] = tile[0] as i32;
                     }
                 }
                 slots
@@ -481,9 +505,10 @@ impl<'a> EpilogueInputs<'a> {
                 let states = arguments.read_f32("previous_router_states")?;
                 inputs.states = Some((states, arguments.read_f32("router_states_scale")?));
             }
-            Epilogue::Activation { activation: _, gate_up: _, rounding: _, weighted: false } => {}
-            Epilogue::Activation { activation: _, gate_up: _, rounding: _, weighted: true } => {
-                inputs.weights = Some(arguments.read_f32("topk_weights")?);
+            Epilogue::Activation(activated) => {
+                if activated.weighted {
+                    inputs.weights = Some(arguments.read_f32("topk_weights")?);
+                }
             }
         }
         Ok(inputs)
@@ -507,16 +532,9 @@ impl GroupedGemm {
                 .states
                 .map_or(f32::NAN, |(states, scale)| first + states[row * self.features() + feature] * scale[feature]),
             Epilogue::GeluErf => numerics::gelu_erf(first),
-            Epilogue::Activation { activation, gate_up, rounding, weighted: _ } => {
-                let [gate, up] = [first, sums[self.pair - 1]].map(|value| self.round(gate_up, value));
-                let [gate, up] = numerics::activate_parts(activation, gate, up);
-                let model = |value| numerics::round_to(self.model, value);
-                let weigh = |value: f32| inputs.weights.map_or(value, |weights| value * weights[row]);
-                match rounding {
-                    ActivationRounding::F32 => weigh(gate * up),
-                    ActivationRounding::Fused => model(weigh(gate * up)),
-                    ActivationRounding::Torch => model(weigh(model(model(gate) * model(up)))),
-                }
+            Epilogue::Activation(activation) => {
+                let weight = inputs.weights.map(|weights| weights[row]);
+                activation.apply(self.model, [first, sums[self.pair - 1]], weight)
             }
         }
     }

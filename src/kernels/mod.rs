@@ -18,10 +18,10 @@ use crate::numerics;
 use crate::spec::FloatType;
 
 pub use combine::Combine;
-pub use grouped_gemm::{Epilogue, GemmVariant, GroupedGemm, RowSource, RowValues};
+pub use grouped_gemm::{Activated, Epilogue, GemmVariant, GroupedGemm, RowSource, RowValues};
 pub use norm::{Norm, NormScale};
 pub use permute::Permute;
-pub use quantize::ScaleLayout;
+pub use quantize::{Amax, Matrices, Quantize, RowScale, ScaleLayout, ValueSource};
 pub use topk_routing::TopkRouting;
 
 /// A stage of the layer. Folder of its shaders, stem of its file here.
@@ -35,6 +35,8 @@ pub enum Stage {
     TopkRouting,
     /// Rows in order of expert.
     Permute,
+    /// Rows to codes and scales, alone or behind the activation.
+    Quantize,
     /// Weighted sum over slots.
     Combine,
 }
@@ -47,6 +49,7 @@ impl Stage {
             Self::Norm => "norm",
             Self::TopkRouting => "topk_routing",
             Self::Permute => "permute",
+            Self::Quantize => "quantize",
             Self::Combine => "combine",
         }
     }
@@ -63,6 +66,10 @@ pub enum Operation {
     TopkRouting(TopkRouting),
     /// See [`Permute`].
     Permute(Permute),
+    /// See [`Quantize`].
+    Quantize(Quantize),
+    /// See [`Amax`].
+    Amax(Amax),
     /// See [`Combine`].
     Combine(Combine),
 }
@@ -75,6 +82,7 @@ impl Operation {
             Self::Norm(_) => Stage::Norm,
             Self::TopkRouting(_) => Stage::TopkRouting,
             Self::Permute(_) => Stage::Permute,
+            Self::Quantize(_) | Self::Amax(_) => Stage::Quantize,
             Self::Combine(_) => Stage::Combine,
         }
     }
@@ -86,6 +94,8 @@ impl Operation {
             Self::Norm(kernel) => kernel.source(),
             Self::TopkRouting(kernel) => kernel.source(),
             Self::Permute(kernel) => kernel.source(),
+            Self::Quantize(kernel) => kernel.source(),
+            Self::Amax(kernel) => kernel.source(),
             Self::Combine(kernel) => kernel.source(),
         }
     }
@@ -96,7 +106,7 @@ impl Operation {
             Self::TopkRouting(kernel) => kernel.workgroup_bytes(),
             Self::Permute(kernel) => kernel.workgroup_bytes(),
             // Fixed, 12 KiB at most; the contracts test measures them.
-            Self::GroupedGemm(_) | Self::Norm(_) | Self::Combine(_) => 0,
+            Self::GroupedGemm(_) | Self::Norm(_) | Self::Combine(_) | Self::Quantize(_) | Self::Amax(_) => 0,
         }
     }
 
@@ -110,6 +120,8 @@ impl Operation {
             Self::Norm(kernel) => kernel.run(arguments),
             Self::TopkRouting(kernel) => kernel.run(arguments),
             Self::Permute(kernel) => kernel.run(arguments),
+            Self::Quantize(kernel) => kernel.run(arguments),
+            Self::Amax(kernel) => kernel.run(arguments),
             Self::Combine(kernel) => kernel.run(arguments),
         }
     }

@@ -1,7 +1,7 @@
 //! `permute`: rows in order of expert, stable, and the list of tiles that the tiled GEMM walks.
 //!
-//! `topk_ids` `[rows]` to `sorted_rows` `[rows]` and `tiles` [1 + tiles] of (expert, first position,
-//! rows, 0), where `tiles[0].x` counts the rest. Ids outside `0..num_experts` are left out. Exact.
+//! `topk_ids` `[rows]` to `sorted_rows` `[rows]` and `tiles` [1 + tiles] of (the expert's slot, first
+//! position, rows, 0), where `tiles[0].x` counts the rest. Ids outside `0..num_experts` are left out. Exact.
 
 use super::grouped_gemm::TILE_ROWS;
 use super::{Arguments, PARAMS, Source, Value, read, shader, write};
@@ -38,6 +38,7 @@ impl Permute {
             bindings: vec![
                 PARAMS,
                 read("topk_ids", "array<i32>"),
+                read("expert_slots", "array<i32>"),
                 write("sorted_rows", "array<u32>"),
                 write("tiles", "array<vec4<u32>>"),
             ],
@@ -47,6 +48,7 @@ impl Permute {
 
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
         let rows = arguments.tokens()? * self.top_k;
+        let expert_slots = arguments.read_i32("expert_slots")?;
         let ids = &arguments.read_i32("topk_ids")?[..rows];
         let sorted_rows = arguments.write("sorted_rows")?;
         let tiles = arguments.write("tiles")?;
@@ -59,8 +61,9 @@ impl Permute {
             }
             for begin in (first..position).step_by(TILE_ROWS) {
                 count += 1;
-                let tile = [expert, begin, TILE_ROWS.min(position - begin), 0];
-                tiles[4 * count..4 * count + 4].copy_from_slice(&tile.map(|value| value as u32));
+                let rows = TILE_ROWS.min(position - begin);
+                let tile = [expert_slots[expert] as u32, begin as u32, rows as u32, 0];
+                tiles[4 * count..4 * count + 4].copy_from_slice(&tile);
             }
         }
         tiles[..4].copy_from_slice(&[count as u32, 0, 0, 0]);

@@ -1,4 +1,22 @@
-//! `quantize`: rows to codes and scales.
+//! `quantize`: rows to codes and scales, alone or behind the activation.
+//!
+//! Codes u32 [rows, ceil(cols / 4)], four to a word, zeros behind a row's end; scales as [`ScaleLayout`] says, or
+//! one f32 a row. Exact: codes and scales are those of `numerics`, bit for bit, of the values that enter.
+
+use rayon::prelude::*;
+
+use super::grouped_gemm::Activated;
+use super::{
+    Arguments, PARAMS, Source, Value, decode_value, input_fragments, read, round_fragments, shader, unique, write,
+};
+use crate::error::Result;
+use crate::numerics::{self, SpanScale};
+use crate::spec::{ActivationCode, ActivationScale, FloatType, Rounding, ScaleRule};
+
+/// Maxima that [`Amax`] leaves, one a workgroup.
+pub const AMAX_PARTS: usize = 64;
+/// Invocations of a workgroup for a span.
+const MAX_WORKGROUP: usize = 256;
 
 /// How the scales of groups lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,15 +33,433 @@ pub enum ScaleLayout {
 }
 
 impl ScaleLayout {
+    /// Words of the scales of `rows` rows.
+    pub fn words(self, rows: usize, groups: usize) -> usize {
+        match self {
+            Self::RowMajor => rows * groups,
+            Self::ColumnMajor { stride } => stride * groups,
+            Self::Packed => rows * groups.div_ceil(4),
+        }
+    }
+
     /// One scale. Twin: shaders/fragments/input_scale_*.wgsl
-    pub(super) fn read(self, words: &[u32], row: usize, group: usize, groups: usize) -> f32 {
+    pub fn read(self, words: &[u32], row: usize, group: usize, groups: usize) -> f32 {
         match self {
             Self::RowMajor => f32::from_bits(words[row * groups + group]),
             Self::ColumnMajor { stride } => f32::from_bits(words[group * stride + row]),
             Self::Packed => {
                 let word = words[row * groups.div_ceil(4) + group / 4];
-                crate::numerics::decode_e8m0((word >> (8 * (group % 4))) as u8)
+                numerics::decode_e8m0((word >> (8 * (group % 4))) as u8)
             }
         }
+    }
+
+    /// Twin: shaders/fragments/store_scale_*.wgsl
+    fn write(self, words: &mut [u32], row: usize, group: usize, groups: usize, scale: f32) {
+        match self {
+            Self::RowMajor => words[row * groups + group] = scale.to_bits(),
+            Self::ColumnMajor { stride } => words[group * stride + row] = scale.to_bits(),
+            Self::Packed => {
+                let word = &mut words[row * groups.div_ceil(4) + group / 4];
+                let byte = u32::from(numerics::ceil_e8m0(scale)) << (8 * (group % 4));
+                *word = if group.is_multiple_of(4) { byte } else { *word | byte };
+            }
+        }
+    }
+}
+
+/// Where the values come from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ValueSource {
+    /// Rows as they are.
+    Rows {
+        /// Type of a value.
+        input: FloatType,
+        /// Rows of codes that one entering row becomes.
+        divisor: usize,
+        /// Whether routing weights multiply the rows, and how the product is rounded.
+        weigh: Option<Rounding>,
+    },
+    /// Gate and up, which alternate in f32 rows of `2 * cols` values; without gate rows of `cols`.
+    Activated(Activated),
+}
+
+/// What a scale belongs to, and what it follows from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RowScale {
+    /// So many columns of a row; `None` for all.
+    Span {
+        /// Columns, a multiple of 4.
+        group: Option<usize>,
+        /// From the largest magnitude to the scale.
+        rule: ScaleRule,
+        /// Type of the scale.
+        scale: ActivationScale,
+        /// Where the scales go.
+        layout: ScaleLayout,
+    },
+    /// All rows, by the maxima that [`Amax`] has found.
+    Tensor {
+        /// From the largest magnitude to the scale.
+        rule: ScaleRule,
+        /// Type of the scale.
+        scale: ActivationScale,
+    },
+    /// The checkpoint's, one an expert (or a shared MLP).
+    Fixed(Matrices),
+}
+
+/// Which matrix a row will meet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Matrices {
+    /// That of its group: a row is token * groups + group.
+    Groups,
+    /// That of the expert in `topk_ids[row]`.
+    Experts(usize),
+}
+
+/// See the module.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quantize {
+    /// Where the values come from.
+    pub source: ValueSource,
+    /// Rows of codes that a token has.
+    pub rows_per_token: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Type of a code.
+    pub code: ActivationCode,
+    /// Its scale.
+    pub scale: RowScale,
+    /// T, where anything is rounded.
+    pub model: FloatType,
+}
+
+/// The largest magnitudes of all rows, for a scale of the whole tensor: u32 `[AMAX_PARTS]`, bits of f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Amax {
+    /// Where the values come from.
+    pub source: ValueSource,
+    /// Rows that a token has.
+    pub rows_per_token: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Rows without a matrix do not count.
+    pub matrices: Matrices,
+    /// T, where anything is rounded.
+    pub model: FloatType,
+}
+
+impl ValueSource {
+    /// The fragment `source_value`, with what it needs.
+    fn source(self, rows_per_token: usize, cols: usize, model: FloatType) -> Source {
+        let mut constants =
+            vec![("ROWS_PER_TOKEN", Value::U32(rows_per_token as u32)), ("COLS", Value::U32(cols as u32))];
+        let mut bindings = vec![PARAMS, read("rows", "array<u32>")];
+        let mut fragments = vec![shader!("fragments/params.wgsl")];
+        let weighted = match self {
+            Self::Rows { input, divisor, weigh } => {
+                constants.push(("INPUT_DIVISOR", Value::U32(divisor as u32)));
+                fragments.extend(input_fragments(input));
+                match weigh {
+                    None => fragments.push(shader!("fragments/input_unweighted.wgsl")),
+                    Some(rounding) => {
+                        constants.push(("ROUND_INPUT", Value::Bool(rounding == Rounding::Model)));
+                        fragments.extend(round_fragments(model));
+                        fragments.push(shader!("fragments/input_weighted.wgsl"));
+                    }
+                }
+                fragments.push(shader!("fragments/source_rows.wgsl"));
+                weigh.is_some()
+            }
+            Self::Activated(activated) => {
+                let pair = if activated.activation.gated() { 2 } else { 1 };
+                constants.push(("FEATURE_ROWS", Value::U32(pair)));
+                fragments.extend(input_fragments(FloatType::F32));
+                fragments.extend(round_fragments(model));
+                fragments.extend(activated.fragments(&mut constants));
+                fragments.push(shader!("fragments/source_activated.wgsl"));
+                activated.weighted
+            }
+        };
+        if weighted {
+            bindings.push(read("topk_weights", "array<f32>"));
+        }
+        Source { constants, bindings, fragments }
+    }
+
+    /// Its twin: a row of values.
+    fn row(self, words: &[u32], weights: Option<&[f32]>, row: usize, cols: usize, model: FloatType) -> Vec<f32> {
+        match self {
+            Self::Rows { input, divisor, weigh } => {
+                let first = row / divisor * cols;
+                let value = |col: usize| {
+                    let value = decode_value(words, input, first + col);
+                    match (weigh, weights) {
+                        (Some(rounding), Some(weights)) => match rounding {
+                            Rounding::F32 => value * weights[row],
+                            Rounding::Model => numerics::round_to(model, value * weights[row]),
+                        },
+                        (_, _) => value,
+                    }
+                };
+                (0..cols).map(value).collect()
+            }
+            Self::Activated(activated) => {
+                let pair = if activated.activation.gated() { 2 } else { 1 };
+                let value = |col: usize| {
+                    let at = (row * cols + col) * pair;
+                    let sums = [at, at + pair - 1].map(|at| f32::from_bits(words[at]));
+                    activated.apply(model, sums, weights.map(|weights| weights[row]))
+                };
+                (0..cols).map(value).collect()
+            }
+        }
+    }
+
+    fn weights<'a>(self, arguments: &Arguments<'a>) -> Result<Option<&'a [f32]>> {
+        let weighted = match self {
+            Self::Rows { input: _, divisor: _, weigh } => weigh.is_some(),
+            Self::Activated(activated) => activated.weighted,
+        };
+        weighted.then(|| arguments.read_f32("topk_weights")).transpose()
+    }
+}
+
+impl Quantize {
+    fn code_words(&self) -> usize {
+        self.cols.div_ceil(4)
+    }
+
+    /// Spans of a row, and how many a workgroup takes.
+    pub fn spans(&self) -> [usize; 2] {
+        match self.scale {
+            RowScale::Span { group, rule: _, scale: _, layout } => {
+                let spans = self.cols.div_ceil(group.unwrap_or(self.cols));
+                // Who stores a word of packed scales has to know all four.
+                [spans, if layout == ScaleLayout::Packed { 4 } else { 1 }]
+            }
+            RowScale::Tensor { rule: _, scale: _ } | RowScale::Fixed(_) => [1, 1],
+        }
+    }
+
+    pub(super) fn source(&self) -> Source {
+        let Source { mut constants, mut bindings, mut fragments } =
+            self.source.source(self.rows_per_token, self.cols, self.model);
+        constants.push(("CODE_WORDS", Value::U32(self.code_words() as u32)));
+        bindings.extend([write("codes", "array<u32>"), write("scales", "array<u32>")]);
+        fragments.push(shader!("fragments/exact_float.wgsl"));
+        fragments.push(match self.code {
+            ActivationCode::E4m3 => shader!("fragments/encode_e4m3.wgsl"),
+            ActivationCode::Int8 => shader!("fragments/encode_int8.wgsl"),
+        });
+        match self.scale {
+            RowScale::Span { group, rule, scale, layout } => {
+                rule_fragments(self.code, rule, scale, &mut constants, &mut fragments);
+                let [spans, per_workgroup] = self.spans();
+                let span_words = group.unwrap_or(self.cols).div_ceil(4);
+                let workgroup = span_words.next_power_of_two().clamp(16, MAX_WORKGROUP);
+                constants.push(("SPANS", Value::U32(spans as u32)));
+                constants.push(("SPAN_WORDS", Value::U32(span_words as u32)));
+                constants.push(("SPANS_PER_WORKGROUP", Value::U32(per_workgroup as u32)));
+                constants.push(("WORKGROUP_SIZE", Value::U32(workgroup as u32)));
+                fragments.push(match layout {
+                    ScaleLayout::RowMajor => shader!("fragments/store_scale_row_major.wgsl"),
+                    ScaleLayout::ColumnMajor { stride } => {
+                        constants.push(("SCALE_STRIDE", Value::U32(stride as u32)));
+                        shader!("fragments/store_scale_column_major.wgsl")
+                    }
+                    ScaleLayout::Packed => shader!("fragments/store_scale_packed.wgsl"),
+                });
+                fragments.extend([shader!("fragments/code_word.wgsl"), shader!("quantize/spans.wgsl")]);
+            }
+            RowScale::Tensor { rule, scale } => {
+                rule_fragments(self.code, rule, scale, &mut constants, &mut fragments);
+                constants.push(("AMAX_PARTS", Value::U32(AMAX_PARTS as u32)));
+                bindings.push(read("partial_amax", "array<u32>"));
+                fragments.extend([shader!("fragments/code_word.wgsl"), shader!("quantize/tensor.wgsl")]);
+            }
+            RowScale::Fixed(matrices) => {
+                bindings.push(read("fixed_scales", "array<u32>"));
+                fragments.push(shader!("fragments/quotient_divide.wgsl"));
+                fragments.push(match matrices {
+                    Matrices::Groups => shader!("fragments/fixed_scale_group.wgsl"),
+                    Matrices::Experts(num_experts) => {
+                        constants.push(("NUM_EXPERTS", Value::U32(num_experts as u32)));
+                        bindings.push(read("topk_ids", "array<i32>"));
+                        shader!("fragments/fixed_scale_routed.wgsl")
+                    }
+                });
+                fragments.extend([shader!("fragments/code_word.wgsl"), shader!("quantize/fixed.wgsl")]);
+            }
+        }
+        Source { constants, bindings, fragments: unique(fragments) }
+    }
+
+    pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
+        let rows = arguments.tokens()? * self.rows_per_token;
+        let (words, weights) = (arguments.read("rows")?, self.source.weights(arguments)?);
+        let span = |values: &[f32], rule, scale| {
+            SpanScale::dynamic(self.code, rule, scale, numerics::largest_magnitude(values))
+        };
+        let tensor = match self.scale {
+            RowScale::Tensor { rule, scale } => {
+                let parts: &[f32] = bytemuck::cast_slice(&arguments.read("partial_amax")?[..AMAX_PARTS]);
+                Some(span(parts, rule, scale))
+            }
+            RowScale::Span { group: _, rule: _, scale: _, layout: _ } | RowScale::Fixed(_) => None,
+        };
+        let fixed = match self.scale {
+            RowScale::Fixed(matrices) => {
+                let ids = match matrices {
+                    Matrices::Groups => None,
+                    Matrices::Experts(_) => Some(arguments.read_i32("topk_ids")?),
+                };
+                Some((arguments.read_f32("fixed_scales")?, ids))
+            }
+            RowScale::Span { group: _, rule: _, scale: _, layout: _ } | RowScale::Tensor { rule: _, scale: _ } => None,
+        };
+        // A row's codes and scales, as words and numbers.
+        let quantize = |row: usize| -> (Vec<u32>, Vec<f32>) {
+            let values = self.source.row(words, weights, row, self.cols, self.model);
+            let width = match self.scale {
+                RowScale::Span { group, rule: _, scale: _, layout: _ } => group.unwrap_or(self.cols),
+                RowScale::Tensor { rule: _, scale: _ } | RowScale::Fixed(_) => self.cols,
+            };
+            let mut codes = vec![0; self.code_words()];
+            let mut scales = vec![];
+            for (at, values) in values.chunks(width).enumerate() {
+                let scale = match (self.scale, tensor, fixed) {
+                    (RowScale::Span { group: _, rule, scale, layout: _ }, _, _) => span(values, rule, scale),
+                    (_, Some(tensor), _) => tensor,
+                    (_, None, Some((table, None))) => SpanScale::fixed(table[row % self.rows_per_token]),
+                    (_, None, Some((table, Some(ids)))) => {
+                        let scale = usize::try_from(ids[row]).ok().and_then(|id| table.get(id));
+                        SpanScale::fixed(scale.copied().unwrap_or(1.0))
+                    }
+                    (_, None, None) => SpanScale::fixed(f32::NAN),
+                };
+                scales.push(scale.scale);
+                for (col, value) in values.iter().enumerate() {
+                    let col = at * width + col;
+                    codes[col / 4] |= u32::from(scale.encode(self.code, *value)) << (8 * (col % 4));
+                }
+            }
+            (codes, scales)
+        };
+        let results: Vec<_> = (0..rows).into_par_iter().map(quantize).collect();
+        let layout = match self.scale {
+            RowScale::Span { group: _, rule: _, scale: _, layout } => layout,
+            RowScale::Tensor { rule: _, scale: _ } | RowScale::Fixed(_) => ScaleLayout::RowMajor,
+        };
+        let codes = arguments.write("codes")?;
+        let scales = arguments.write("scales")?;
+        for (row, (row_codes, row_scales)) in results.into_iter().enumerate() {
+            codes[row * row_codes.len()..(row + 1) * row_codes.len()].copy_from_slice(&row_codes);
+            for (group, scale) in row_scales.iter().enumerate() {
+                layout.write(scales, row, group, row_scales.len(), *scale);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The fragments `raw_scale`, `final_scale`, `span_factor` and `quotient`.
+fn rule_fragments(
+    code: ActivationCode,
+    rule: ScaleRule,
+    scale: ActivationScale,
+    constants: &mut Vec<(&'static str, Value)>,
+    fragments: &mut Vec<super::Fragment>,
+) {
+    let mut bits = |name: &'static str, value: f32| constants.push((name, Value::U32(value.to_bits())));
+    let powers_of_two = match scale {
+        ActivationScale::F32 => false,
+        ActivationScale::F32CeilPow2 | ActivationScale::Ue8m0Packed => true,
+    };
+    let (raw, quotient) = match rule {
+        ScaleRule::FlooredAmax => {
+            bits("AMAX_FLOOR_BITS", 1e-10);
+            bits("CODE_MAX_BITS", code.max());
+            (shader!("fragments/rule_floored_amax.wgsl"), shader!("fragments/quotient_divide.wgsl"))
+        }
+        ScaleRule::FlooredAmaxTimesReciprocal => {
+            bits("AMAX_FLOOR_BITS", 1e-10);
+            bits("CODE_MAX_RECIPROCAL_BITS", 1.0 / code.max());
+            let raw = shader!("fragments/rule_floored_amax_times_reciprocal.wgsl");
+            (raw, shader!("fragments/quotient_divide.wgsl"))
+        }
+        ScaleRule::FlooredScale { upper } => {
+            bits("CODE_MAX_BITS", code.max());
+            bits("SCALE_FLOOR_BITS", numerics::scale_floor(code));
+            let raw = match upper {
+                None => shader!("fragments/rule_floored_scale.wgsl"),
+                Some(upper) => {
+                    bits("SCALE_UPPER_BITS", upper);
+                    shader!("fragments/rule_bounded_scale.wgsl")
+                }
+            };
+            (raw, shader!("fragments/quotient_divide.wgsl"))
+        }
+        ScaleRule::ReciprocalScale => {
+            bits("AMAX_FLOOR_BITS", 1e-4);
+            bits("CODE_MAX_BITS", code.max());
+            // Dividing by a power of two is multiplying with its reciprocal, which could be no normal number.
+            let quotient = match powers_of_two {
+                true => shader!("fragments/quotient_divide.wgsl"),
+                false => shader!("fragments/quotient_reciprocal_scale.wgsl"),
+            };
+            (shader!("fragments/rule_floored_amax.wgsl"), quotient)
+        }
+        ScaleRule::ReciprocalAmax => {
+            bits("AMAX_FLOOR_BITS", 1e-4);
+            bits("CODE_MAX_BITS", code.max());
+            (shader!("fragments/rule_floored_amax.wgsl"), shader!("fragments/quotient_reciprocal_amax.wgsl"))
+        }
+    };
+    let last = match powers_of_two {
+        true => shader!("fragments/scale_ceil_pow2.wgsl"),
+        false => shader!("fragments/scale_as_is.wgsl"),
+    };
+    fragments.extend([raw, last, quotient]);
+}
+
+impl Amax {
+    pub(super) fn source(&self) -> Source {
+        let Source { mut constants, mut bindings, mut fragments } =
+            self.source.source(self.rows_per_token, self.cols, self.model);
+        bindings.push(write("partial_amax", "array<u32>"));
+        fragments.push(match self.matrices {
+            Matrices::Groups => shader!("fragments/counts_all.wgsl"),
+            Matrices::Experts(num_experts) => {
+                constants.push(("NUM_EXPERTS", Value::U32(num_experts as u32)));
+                bindings.push(read("topk_ids", "array<i32>"));
+                shader!("fragments/counts_routed.wgsl")
+            }
+        });
+        fragments.push(shader!("quantize/amax.wgsl"));
+        Source { constants, bindings, fragments: unique(fragments) }
+    }
+
+    pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
+        let rows = arguments.tokens()? * self.rows_per_token;
+        let (words, weights) = (arguments.read("rows")?, self.source.weights(arguments)?);
+        let ids = match self.matrices {
+            Matrices::Groups => None,
+            Matrices::Experts(num_experts) => Some((arguments.read_i32("topk_ids")?, num_experts)),
+        };
+        let counts =
+            |row: usize| ids.is_none_or(|(ids, experts)| usize::try_from(ids[row]).is_ok_and(|id| id < experts));
+        let part = |part: usize| {
+            let rows = (part..rows).step_by(AMAX_PARTS).filter(|&row| counts(row));
+            let largest = rows.map(|row| {
+                let values = self.source.row(words, weights, row, self.cols, self.model);
+                values.iter().map(|value| value.to_bits() & 0x7fff_ffff).max().unwrap_or(0)
+            });
+            largest.max().unwrap_or(0)
+        };
+        let parts: Vec<u32> = (0..AMAX_PARTS).into_par_iter().map(part).collect();
+        arguments.write("partial_amax")?[..AMAX_PARTS].copy_from_slice(&parts);
+        Ok(())
     }
 }

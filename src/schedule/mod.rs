@@ -29,6 +29,8 @@ pub struct Options {
     pub segment_bytes: Option<u64>,
     /// Up to how many tokens the matrix-vector kernels are used; 0 is never.
     pub decode_tokens: usize,
+    /// Whether an activation and the quantisation behind it are one step where that means the same.
+    pub fuse_quantization: bool,
 }
 
 /// Up to this many tokens most experts that are touched are touched by one row, so a tile of 64
@@ -50,6 +52,19 @@ pub struct Schedule {
     pub matrices: Vec<PackedMatrix>,
     /// Variants by number of tokens, ascending; the last takes all.
     pub buckets: Vec<Bucket>,
+    /// What `lower` chose where it had a choice of equal meaning, and the condition that decided.
+    pub decisions: Vec<Decision>,
+}
+
+/// A choice between ways that mean the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Decision {
+    /// The step that it is about.
+    pub step: &'static str,
+    /// What was chosen.
+    pub choice: &'static str,
+    /// The condition that decided.
+    pub because: &'static str,
 }
 
 /// One buffer of a schedule.
@@ -139,6 +154,19 @@ pub enum Table {
     OutputBias,
     /// `[H]`.
     OutputNorm,
+    /// `[E]`: static scales of what enters a GEMM of the routed experts.
+    ExpertInputScales(Gemms),
+    /// `[n]`: likewise of the shared experts.
+    SharedInputScales(Gemms),
+}
+
+/// One of an MLP's two GEMMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gemms {
+    /// The first.
+    GateUp,
+    /// The second.
+    Down,
 }
 
 /// The steps for up to so many tokens.

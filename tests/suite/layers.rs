@@ -228,7 +228,7 @@ fn weights_may_be_cut_into_segments_of_any_size() {
         let layer = RandomLayer::new(spec.clone(), 2);
         for segment_bytes in [512, 1000, 4096, 64 << 10] {
             for decode_tokens in [0, usize::MAX] {
-                let options = Options { segment_bytes: Some(segment_bytes), decode_tokens };
+                let options = Options { segment_bytes: Some(segment_bytes), decode_tokens, fuse_quantization: true };
                 check(&layer, 70, &options, &format!("{segment_bytes} bytes, {format:?}"));
             }
         }
@@ -242,7 +242,7 @@ fn an_expert_may_be_cut_between_segments_at_a_tile() {
     spec.experts.intermediate_size = 150;
     for decode_tokens in [0, usize::MAX] {
         // A segment holds 127 rows, of which the cut takes 64: the rest must begin another segment.
-        let options = Options { segment_bytes: Some(64 << 10), decode_tokens };
+        let options = Options { segment_bytes: Some(64 << 10), decode_tokens, fuse_quantization: true };
         check(&RandomLayer::new(spec.clone(), 2), 20, &options, "64 KiB");
     }
 }
@@ -367,7 +367,7 @@ fn supports_says_what_planning_says() {
             _ => {}
         }
         let layer = RandomLayer::new(spec, seed as u64);
-        let options = Options { segment_bytes: None, decode_tokens: DECODE_TOKENS };
+        let options = Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true };
         let word = |result: moewe::Result<()>| result.map_err(|error| error.to_string());
         let early = word(moewe::supports(&moewe::Cpu::new(), &layer.spec, 9));
         let planned = moewe::Plan::new(moewe::Cpu::new(), &layer.spec, &layer.weights(), 9, &options).map(|_| ());

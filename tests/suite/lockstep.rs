@@ -1,7 +1,7 @@
 //! Every step of a schedule on the device against its twin: the first kernel that is wrong is named.
 
 use moewe::host::{Host, Session};
-use moewe::kernels::{Access, Operation, Stage};
+use moewe::kernels::{Access, Operation, Stage, ValueSource};
 use moewe::plan::Backend;
 use moewe::spec::*;
 use moewe::{Cpu, Options, Tokens, Wgpu};
@@ -70,9 +70,14 @@ fn equal(step: &str, operation: &Operation, buffer: &str, want: &[u32], got: &[u
     let terms = match operation {
         Operation::GroupedGemm(gemm) => gemm.cols.max(16) as f32,
         Operation::Norm(norm) => norm.cols.max(16) as f32,
-        Operation::Combine(_) | Operation::TopkRouting(_) | Operation::Permute(_) => 16.0,
+        Operation::Combine(_)
+        | Operation::TopkRouting(_)
+        | Operation::Permute(_)
+        | Operation::Quantize(_)
+        | Operation::Amax(_) => 16.0,
     };
     let bounded = match (stage, buffer) {
+        (Stage::Quantize, _) => return quantized(step, operation, buffer, want, got),
         (Stage::Permute, _) | (_, "topk_ids") => None,
         (Stage::TopkRouting, _) => Some(SCORE_TOLERANCE),
         (Stage::GroupedGemm | Stage::Norm | Stage::Combine, _) => Some(SUM_TOLERANCE * terms.sqrt()),
@@ -81,7 +86,7 @@ fn equal(step: &str, operation: &Operation, buffer: &str, want: &[u32], got: &[u
     let width = match operation {
         Operation::GroupedGemm(gemm) => gemm.features(),
         Operation::Norm(norm) => norm.cols,
-        Operation::Combine(_) | Operation::TopkRouting(_) | Operation::Permute(_) => want.len(),
+        _ => want.len(),
     };
     for (row, want_row) in want.chunks(width).enumerate() {
         let largest = want_row.iter().map(|&word| f32::from_bits(word).abs());
@@ -97,6 +102,39 @@ fn equal(step: &str, operation: &Operation, buffer: &str, want: &[u32], got: &[u
             }
         }
     }
+}
+
+/// Codes and scales of given values exactly; behind an activation, whose `exp` may err, within a code.
+fn quantized(step: &str, operation: &Operation, buffer: &str, want: &[u32], got: &[u32]) {
+    let exact = match operation {
+        Operation::Quantize(quantize) => match quantize.source {
+            ValueSource::Rows { .. } => true,
+            ValueSource::Activated(_) => false,
+        },
+        _ => true,
+    };
+    // Codes in order of their values.
+    let rank = |word: u32, byte: usize| {
+        let code = (word >> (8 * byte)) as u8;
+        if code & 0x80 == 0 { i32::from(code) } else { -i32::from(code & 0x7f) }
+    };
+    let mut flipped = 0;
+    for (at, (&want, &got)) in want.iter().zip(got).enumerate() {
+        if want == got {
+            continue;
+        }
+        assert!(!exact, "step {step}: {buffer}[{at}] is {got:#x}, its twin says {want:#x}");
+        if buffer.ends_with(".codes") {
+            let near = (0..4).all(|byte| (rank(want, byte) - rank(got, byte)).abs() <= 1);
+            assert!(near, "step {step}: {buffer}[{at}] is {got:#x}, its twin says {want:#x}");
+            flipped += 1;
+        } else {
+            let [want, got] = [want, got].map(f32::from_bits);
+            assert!((want - got).abs() <= 4e-6 * want, "step {step}: {buffer}[{at}] is {got}, its twin says {want}");
+        }
+    }
+    // An ulp or some change few codes.
+    assert!(flipped * 50 <= want.len().max(50), "step {step}: {flipped} of {} words of {buffer} differ", want.len());
 }
 
 fn walk(spec: MoeSpec, tokens: usize, options: &Options) {
@@ -170,8 +208,63 @@ fn wide_rows_equal_their_twins() {
             spec.experts.format = format;
             spec.shared = None;
             for decode_tokens in [0, usize::MAX] {
-                walk(spec.clone(), 3, &Options { segment_bytes, decode_tokens });
+                walk(spec.clone(), 3, &Options { segment_bytes, decode_tokens, fuse_quantization: true });
             }
+        }
+    }
+}
+
+/// Every rule, span and type of scale, fused with the activation and behind it, with both kinds of GEMM.
+#[test]
+fn quantised_rows_equal_their_twins() {
+    let (fp8, int8) = (ActivationCode::E4m3, ActivationCode::Int8);
+    let rules = [
+        ScaleRule::FlooredAmax,
+        ScaleRule::FlooredAmaxTimesReciprocal,
+        ScaleRule::FlooredScale { upper: None },
+        ScaleRule::FlooredScale { upper: Some(1e-3) },
+        ScaleRule::ReciprocalScale,
+        ScaleRule::ReciprocalAmax,
+    ];
+    let spans =
+        [ScaleSpan::Group(32), ScaleSpan::Group(128), ScaleSpan::Group(64), ScaleSpan::Token, ScaleSpan::Tensor];
+    let scales = [ActivationScale::F32, ActivationScale::F32CeilPow2, ActivationScale::Ue8m0Packed];
+    let block = |scale| WeightFormat::Fp8Block { block: [128, 128], scale };
+    let formats = [
+        (fp8, block(ScaleFormat::F32)),
+        (fp8, block(ScaleFormat::E8m0)),
+        (fp8, WeightFormat::Mxfp4),
+        (int8, WeightFormat::Int8Channel),
+        (fp8, WeightFormat::Nvfp4),
+        (fp8, WeightFormat::Int4 { group: Some(32), scale: ScaleFormat::Bf16, zero_points: true, act_order: false }),
+        (fp8, WeightFormat::Fp8Channel),
+    ];
+    let positions = [WeightPosition::Output, WeightPosition::BeforeDown, WeightPosition::Input];
+    let mut quants = vec![ActivationQuant::Static { code: fp8 }, ActivationQuant::Static { code: int8 }];
+    for (at, rule) in rules.into_iter().enumerate() {
+        for (other, span) in spans.into_iter().enumerate() {
+            let scale = match rule {
+                ScaleRule::ReciprocalAmax => ActivationScale::F32,
+                _ => scales[(at + other) % 3],
+            };
+            let code = if (at + other) % 4 == 3 { int8 } else { fp8 };
+            quants.push(ActivationQuant::Dynamic { code, span, rule, scale });
+        }
+    }
+    for (at, quant) in quants.into_iter().enumerate() {
+        let mut spec = deepseek_like();
+        spec.hidden_size = 288;
+        spec.experts.intermediate_size = 176;
+        spec.experts.format = formats[at % formats.len()].1;
+        spec.experts.activation_quant = quant;
+        spec.routing.weight_position = positions[at % 3];
+        if let Some(shared) = &mut spec.shared {
+            shared.mlp.activation_quant = quant;
+            shared.mlp.format = formats[(at + 1) % formats.len()].1;
+        }
+        // Fused and not, with either kind of GEMM, in turn.
+        for (options, fuse_quantization) in [(GEMV, at % 2 == 0), (TILED, at % 2 == 1)] {
+            walk(spec.clone(), 5, &Options { fuse_quantization, ..options });
         }
     }
 }

@@ -5,6 +5,8 @@ use std::collections::BTreeSet;
 use fastrand::Rng;
 use moewe::spec::*;
 
+use crate::rig::fits;
+
 const fn int4(group: Option<usize>, scale: ScaleFormat, zero_points: bool, act_order: bool) -> WeightFormat {
     WeightFormat::Int4 { group, scale, zero_points, act_order }
 }
@@ -67,7 +69,7 @@ const ROUNDINGS: [Rounding; 2] = [Rounding::F32, Rounding::Model];
 
 /// Fields and how many values each has. A spec is first one number for each of them.
 const FIELDS: [(&str, usize); 44] = [
-    ("hidden_size", 7),
+    ("hidden_size", 8),
     ("num_experts", 9),
     ("top_k", 4),
     ("router", 5),
@@ -85,13 +87,13 @@ const FIELDS: [(&str, usize); 44] = [
     ("weight_position", 3),
     ("zero_experts", 3),
     ("nan_policy", 2),
-    ("experts.intermediate_size", 7),
+    ("experts.intermediate_size", 8),
     ("experts.activation", ACTIVATIONS.len()),
     ("experts.gate_up_bias", 2),
     ("experts.down_bias", 2),
     ("experts.format", FORMATS.len()),
     ("shared", 2),
-    ("shared.intermediate_size", 4),
+    ("shared.intermediate_size", 5),
     ("shared.activation", ACTIVATIONS.len()),
     ("shared.bias", 2),
     ("shared.format", FORMATS.len()),
@@ -184,10 +186,16 @@ pub fn random_spec(rng: &mut Rng) -> MoeSpec {
 /// The spec of these choices; where two of them exclude each other, the later field gives way.
 fn spec(choices: &Choices, rng: &mut Rng) -> MoeSpec {
     let choice = |name: &str| choices[FIELDS.iter().position(|(field, _)| *field == name).unwrap()];
+    let hidden_size = [1, 4, 5, 24, 64, 100, 130, 256][choice("hidden_size")];
+    // Formats whose codes share bytes or blocks give way where a row does not fill them.
+    let fitting = |format: WeightFormat, cols: &[usize]| match cols.iter().all(|&cols| fits(format, cols)) {
+        true => format,
+        false => WeightFormat::Fp8Channel,
+    };
     let num_experts: usize = [1, 2, 3, 6, 8, 12, 16, 60, 65][choice("num_experts")];
     let joint = choice("method") == 4;
-    let latent = (choice("latent") > 0).then(|| Latent {
-        size: [7, 20, 36][rng.usize(0..3)],
+    let mut latent = (choice("latent") > 0).then(|| Latent {
+        size: [7, 20, 36, 256][rng.usize(0..4)],
         format: FORMATS[rng.usize(0..FORMATS.len())],
         norm: match choice("latent") {
             1 => LatentNorm::None,
@@ -243,7 +251,11 @@ fn spec(choices: &Choices, rng: &mut Rng) -> MoeSpec {
         1 => LogitTransform::SoftCap { cap: 2.5 },
         _ => LogitTransform::Multiply { factor: 0.6 },
     };
-    let format = FORMATS[choice("router.format")];
+    if let Some(latent) = &mut latent {
+        latent.format = fitting(latent.format, &[hidden_size, latent.size]);
+    }
+    let width = latent.as_ref().map_or(hidden_size, |latent| latent.size);
+    let format = fitting(FORMATS[choice("router.format")], &[hidden_size, 256]);
     let router = match choice("router") {
         kind @ (0 | 1) => Router::Linear {
             input: if kind == 0 { RouterInput::Hidden } else { RouterInput::RmsNormScaled { eps: 1e-6 } },
@@ -254,21 +266,21 @@ fn spec(choices: &Choices, rng: &mut Rng) -> MoeSpec {
         2 => Router::Given { transform },
         kind => Router::Mlp { state_size: 19, rms_norm_eps: 1e-5, previous_state: kind == 3, format },
     };
-    let mlp = |path: &str, inner: usize, gate_up_bias: bool, down_bias: bool| ExpertMlp {
+    let mlp = |path: &str, width: usize, inner: usize, gate_up_bias: bool, down_bias: bool| ExpertMlp {
         intermediate_size: inner,
         activation: ACTIVATIONS[choice(&format!("{path}.activation"))],
         gate_up_layout: GateUpLayout::Separate,
         orientation: Orientation::OutIn,
         gate_up_bias,
         down_bias,
-        format: FORMATS[choice(&format!("{path}.format"))],
+        format: fitting(FORMATS[choice(&format!("{path}.format"))], &[width, inner]),
         activation_quant: ActivationQuant::None,
     };
-    let inner = [1, 3, 16, 33, 48, 80, 131][choice("experts.intermediate_size")];
-    let experts = mlp("experts", inner, choice("experts.gate_up_bias") == 1, choice("experts.down_bias") == 1);
+    let inner = [1, 3, 16, 33, 48, 80, 131, 256][choice("experts.intermediate_size")];
+    let experts = mlp("experts", width, inner, choice("experts.gate_up_bias") == 1, choice("experts.down_bias") == 1);
     let bias = choice("shared.bias") == 1;
     let shared = (joint || choice("shared") == 1).then(|| SharedExperts {
-        mlp: mlp("shared", [1, 20, 33, 64][choice("shared.intermediate_size")], bias, bias),
+        mlp: mlp("shared", hidden_size, [1, 20, 33, 64, 256][choice("shared.intermediate_size")], bias, bias),
         gate: match choice("shared.gate") {
             _ if joint => SharedGate::Joint,
             0 => SharedGate::None,
@@ -277,7 +289,7 @@ fn spec(choices: &Choices, rng: &mut Rng) -> MoeSpec {
         combination: [SharedCombination::Sum, SharedCombination::Average][choice("shared.combination")],
     });
     let spec = MoeSpec {
-        hidden_size: [1, 4, 5, 24, 64, 100, 130][choice("hidden_size")],
+        hidden_size,
         num_experts,
         top_k,
         router,

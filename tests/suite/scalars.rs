@@ -144,7 +144,7 @@ fn every_code_decodes_on_the_device_as_in_numerics() {
     exact("f16", &halves, &f16, |word| numerics::decode_f16(word as u16));
     let codes: Vec<u32> = (0..256).collect();
     let body = "let result = bitcast<u32>(weight_quad(vec4<u32>(words[id.x] << 8u), 3u).y);";
-    let e4m3 = map(&["fragments/weight_fp8_block.wgsl"], "", body, &codes);
+    let e4m3 = map(&["fragments/decode_e4m3.wgsl"], "", body, &codes);
     exact("e4m3", &codes, &e4m3, |word| numerics::decode_e4m3(word as u8));
 }
 

@@ -29,7 +29,7 @@ pub struct Batch {
 enum Role {
     /// It reads it or compares with it.
     Used,
-    /// Nobody judges it: `router_logits` by definition, marks because they are no result.
+    /// Nobody judges it: `router_logits` by definition.
     Exempt,
     /// It has no use for it yet.
     Unused,
@@ -46,9 +46,16 @@ fn role(name: &str) -> Role {
         | "shared_gammas"
         | "router_states_out"
         | "output"
-        | "output_dequant" => Role::Used,
+        | "output_dequant"
+        | "output_w8a8"
+        | "input_codes_w8a8"
+        | "input_scales_w8a8"
+        | "flip_sensitive_w8a8"
+        | "output_w8a8_ue8m0"
+        | "input_codes_w8a8_ue8m0"
+        | "input_scales_w8a8_ue8m0"
+        | "flip_sensitive_w8a8_ue8m0" => Role::Used,
         "router_logits" => Role::Exempt,
-        mark if mark.starts_with("flip_sensitive_") => Role::Exempt,
         _ => Role::Unused,
     }
 }
@@ -190,6 +197,38 @@ impl CaseFile {
     /// Misshapen.
     pub fn optional_floats(&self, batch: &Batch, name: &str, width: usize) -> Result<Option<Vec<f32>>> {
         self.tensor(batch, name).map(|_| self.floats(batch, name, width)).transpose()
+    }
+
+    /// Bytes [T, width], if the batch has them.
+    ///
+    /// # Errors
+    /// Misshapen.
+    pub fn optional_bytes(&self, batch: &Batch, name: &str, width: usize) -> Result<Option<Vec<u8>>> {
+        let Some(tensor) = self.tensor(batch, name) else { return Ok(None) };
+        // A mark a token has no second dimension.
+        let shape: &[usize] = if width == 1 { &[batch.tokens] } else { &[batch.tokens, width] };
+        expect_shape(&tensor, shape)?;
+        match tensor.dtype {
+            Dtype::U8 => Ok(Some(tensor.bytes.to_vec())),
+            other => {
+                let field = format!("{}.dtype", tensor.name);
+                Err(Error::invalid(field, format!("{other:?}"), "U8", "convert the tensor"))
+            }
+        }
+    }
+
+    /// A tensor [T, groups] of floats whatever the number of groups, if the batch has it.
+    ///
+    /// # Errors
+    /// Misshapen.
+    pub fn optional_rows(&self, batch: &Batch, name: &str) -> Result<Option<Vec<f32>>> {
+        let width = self.tensor(batch, name).and_then(|tensor| tensor.shape.get(1).copied());
+        width.map(|width| self.floats(batch, name, width)).transpose()
+    }
+
+    /// Whether any batch has a tensor of this name.
+    pub fn any(&self, batches: &[Batch], name: &str) -> bool {
+        batches.iter().any(|batch| self.tensor(batch, name).is_some())
     }
 
     /// Which of these a batch has.

@@ -108,6 +108,15 @@ impl Case {
         }
     }
 
+    /// Allowed error of rows in which a code may flip; `None` where the manifest gives none.
+    ///
+    /// # Errors
+    /// Something that is no tolerance.
+    pub fn flip_tolerance(&self) -> Result<Option<f64>> {
+        let key = "atol_flip_sensitive_tokens";
+        self.value(key).map(|value| self.positive(key, value)).transpose()
+    }
+
     /// Allowed error of the weights; `None` where the manifest gives none.
     ///
     /// # Errors

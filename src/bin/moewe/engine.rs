@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::inputs;
 use moewe::host::{Host, Outcome, Session};
+use moewe::kernels::{Operation, RowScale};
 use moewe::reference::Inputs;
 use moewe::schedule::{Contents, DECODE_TOKENS, Options, Schedule};
 use moewe::{Error, MoeSpec, MoeWeights, Plan, Result, RouterWeights};
@@ -27,6 +28,9 @@ pub trait Engine {
 pub trait Runner {
     /// Computes it.
     fn run(&self, inputs: &Inputs<'_>) -> Result<Outcome>;
+    /// The codes [T, H] and scales [T, groups] of what the routed experts read, of the call before, where
+    /// they are quantised by token.
+    fn input_codes(&self, inputs: &Inputs<'_>) -> Result<(Vec<u8>, Vec<f32>)>;
     /// How long each step takes; `None` for an engine without steps.
     fn timing(&self, tokens: usize) -> Result<Option<Timing>>;
     /// What it takes; `None` for an engine that copies nothing.
@@ -89,7 +93,8 @@ pub struct Device<B> {
 
 impl<B: Host + Clone> Engine for Device<B> {
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>> {
-        let options = Options { segment_bytes: self.segment_bytes, decode_tokens: DECODE_TOKENS };
+        let options =
+            Options { segment_bytes: self.segment_bytes, decode_tokens: DECODE_TOKENS, fuse_quantization: true };
         let backend = self.backend.clone();
         let plan = match work {
             Work::Layer(weights) => Plan::new(backend, spec, weights, max_tokens, &options)?,
@@ -127,6 +132,29 @@ impl<B: Host> Runner for Planned<'_, B> {
         let outcome = outcome?;
         expect_lengths(self.spec, inputs, &outcome, self.whole)?;
         Ok(outcome)
+    }
+
+    fn input_codes(&self, inputs: &Inputs<'_>) -> Result<(Vec<u8>, Vec<f32>)> {
+        let tokens = inputs.hidden_states.len() / self.spec.hidden_size;
+        let lacks = |what: &'static str| Error::invalid("input_codes", what, "a step experts.input.quantize", "none");
+        let step = self.session.bound().steps(tokens).iter().find(|step| step.name == "experts.input.quantize");
+        let Some(Operation::Quantize(quantize)) = step.map(|step| &step.operation) else {
+            return Err(lacks("no such step"));
+        };
+        let RowScale::Span { group: _, rule: _, scale: _, layout } = quantize.scale else {
+            return Err(lacks("one scale a row"));
+        };
+        let read = |name: &str| {
+            let buffer = self.session.scratch().buffer(name).ok_or_else(|| lacks("no such buffer"))?;
+            self.session.plan().backend().read(buffer)
+        };
+        let (words, scales) = (read("experts.input.codes")?, read("experts.input.scales")?);
+        let (cols, [groups, _]) = (quantize.cols, quantize.spans());
+        let row_words = cols.div_ceil(4);
+        let code = |(row, col): (usize, usize)| (words[row * row_words + col / 4] >> (8 * (col % 4))) as u8;
+        let codes = (0..tokens).flat_map(|row| (0..cols).map(move |col| (row, col))).map(code).collect();
+        let scale = |(row, group): (usize, usize)| layout.read(&scales, row, group, groups);
+        Ok((codes, (0..tokens).flat_map(|row| (0..groups).map(move |group| (row, group))).map(scale).collect()))
     }
 
     fn timing(&self, tokens: usize) -> Result<Option<Timing>> {

@@ -3,7 +3,7 @@
 use moewe::families::{self, Request, Resolved};
 use moewe::host::Outcome;
 use moewe::reference::Inputs;
-use moewe::spec::{ActivationQuant, ExpertInput, FloatType, Router, ZeroExpertKind, ZeroExperts};
+use moewe::spec::{ActivationQuant, ActivationScale, ExpertInput, FloatType, Router, ZeroExpertKind, ZeroExperts};
 use moewe::{Checkpoint, Error, MoeSpec, Result, Scope, Unsupported};
 
 use crate::case_file::{Batch, CaseFile};
@@ -136,31 +136,64 @@ impl Verdict {
         }
         let checkpoint = Checkpoint::open(&case.folder)?;
         let input = file.input_type(&batches)?;
-        let activations = ActivationQuant::None;
-        let request = Request { layer: case.layer()?, input, output: FloatType::F32, activations };
         let tokens = batches.iter().map(|batch| batch.tokens).max().unwrap_or(0).max(1);
-        let resolved = match scope {
-            Scope::Layer => families::resolve(&checkpoint, &request)?,
-            Scope::Routing => families::resolve_router(&checkpoint, &request)?,
-        };
-        self.unknown_keys = resolved.unknown_keys.clone();
-        let (layer, router);
-        let work = match scope {
-            Scope::Layer => {
-                layer = resolved.weights(&checkpoint)?;
-                Work::Layer(&layer)
+        let mut passed_routing = false;
+        for profile in PROFILES {
+            if !profile.names.iter().any(|name| file.any(&batches, name)) && (scope == Scope::Layer || passed_routing) {
+                continue;
             }
-            Scope::Routing => {
-                router = resolved.router_weights(&checkpoint)?;
-                Work::Routing(&router)
+            let request =
+                Request { layer: case.layer()?, input, output: FloatType::F32, activations: profile.activations };
+            let resolved = match scope {
+                Scope::Layer => families::resolve(&checkpoint, &request)?,
+                Scope::Routing => families::resolve_router(&checkpoint, &request)?,
+            };
+            self.unknown_keys = resolved.unknown_keys.clone();
+            let (layer, router);
+            let work = match scope {
+                Scope::Layer => {
+                    layer = resolved.weights(&checkpoint)?;
+                    Work::Layer(&layer)
+                }
+                Scope::Routing => {
+                    router = resolved.router_weights(&checkpoint)?;
+                    Work::Routing(&router)
+                }
+            };
+            let runner = engine.plan(&resolved.spec, work, tokens)?;
+            let judged = Judged { case, file: &file, resolved: &resolved, scope, allowance, profile };
+            if !passed_routing {
+                self.refused.extend(judged.useless(&batches));
             }
-        };
-        let runner = engine.plan(&resolved.spec, work, tokens)?;
-        let judged = Judged { case, file: &file, resolved: &resolved, scope, allowance };
-        self.refused.extend(judged.useless(&batches));
-        batches.iter().try_for_each(|batch| judged.batch(batch, runner.as_ref(), &mut self.checks))
+            for batch in &batches {
+                judged.batch(batch, runner.as_ref(), passed_routing, &mut self.checks)?;
+            }
+            passed_routing = true;
+        }
+        match passed_routing {
+            true => Ok(()),
+            false => file.present(&batches[0], &["output", "output_dequant"]).map(|_| ()),
+        }
     }
 }
+
+/// What a case expects under one quantisation of activations.
+#[derive(Debug, Clone, Copy)]
+struct Profile {
+    /// Its outputs, of which a batch has one.
+    names: &'static [&'static str],
+    activations: ActivationQuant,
+}
+
+/// golden/README.md: amax floored at 1e-10 and divided by 448, groups of 128; UE8M0 rounds that up.
+const PROFILES: [Profile; 3] = [
+    Profile { names: &["output", "output_dequant"], activations: ActivationQuant::None },
+    Profile { names: &["output_w8a8"], activations: ActivationQuant::dynamic_fp8(128, ActivationScale::F32) },
+    Profile {
+        names: &["output_w8a8_ue8m0"],
+        activations: ActivationQuant::dynamic_fp8(128, ActivationScale::F32CeilPow2),
+    },
+];
 
 /// How much of a layer a kind of case is about.
 fn scope(kind: &str) -> Result<Scope> {
@@ -185,6 +218,7 @@ struct Judged<'a> {
     resolved: &'a Resolved,
     scope: Scope,
     allowance: Allowance,
+    profile: Profile,
 }
 
 /// Whether the router can choose an output that does nothing.
@@ -245,7 +279,7 @@ impl Judged<'_> {
         }
     }
 
-    fn batch(&self, batch: &Batch, runner: &dyn Runner, checks: &mut Vec<Check>) -> Result<()> {
+    fn batch(&self, batch: &Batch, runner: &dyn Runner, routing_known: bool, checks: &mut Vec<Check>) -> Result<()> {
         let (file, spec) = (self.file, &self.resolved.spec);
         let hidden_states = file.hidden_states(batch, spec.hidden_size)?;
         let token_ids = file.token_ids(batch)?;
@@ -267,6 +301,10 @@ impl Judged<'_> {
             ..Inputs::of(&hidden_states)
         };
         let Outcome { mut topk_ids, topk_weights, shared_weights, router_states, output } = runner.run(&inputs)?;
+        self.outputs(batch, runner, &inputs, &output, checks)?;
+        if routing_known {
+            return Ok(());
+        }
         let mut expected_ids = file.ids(batch, "topk_ids", spec.top_k)?;
         if skips(spec) {
             // A router that skips may say so with an id of no expert, or with expert 0 and weight 0.
@@ -294,13 +332,56 @@ impl Judged<'_> {
         let error = metrics::differing(&found_ids, &ids) as f64;
         checks.push(Check { name: batch.named("topk_ids"), error, tolerance: 0.0 });
         checks.push(self.weight_bound()?.check(batch.named("topk_weights"), &found_weights, &weights));
+        Ok(())
+    }
+
+    /// What the experts made of it, and what they read as codes.
+    fn outputs(
+        &self,
+        batch: &Batch,
+        runner: &dyn Runner,
+        inputs: &Inputs<'_>,
+        output: &[f32],
+        checks: &mut Vec<Check>,
+    ) -> Result<()> {
+        let (file, width) = (self.file, self.resolved.spec.hidden_size);
         match self.scope {
-            Scope::Routing => {}
-            Scope::Layer => {
-                for name in file.present(batch, &["output", "output_dequant"])? {
-                    let expected = file.floats(batch, name, spec.hidden_size)?;
-                    checks.push(self.output_bound(name)?.check(batch.named(name), &output, &expected));
+            Scope::Routing => return Ok(()),
+            Scope::Layer => {}
+        }
+        for name in file.present(batch, self.profile.names)? {
+            let expected = file.floats(batch, name, width)?;
+            let suffix = name.strip_prefix("output").unwrap_or("");
+            let marks = file.optional_bytes(batch, &format!("flip_sensitive{suffix}"), 1)?;
+            let sensitive = |token: usize| marks.as_ref().is_some_and(|marks| marks[token] != 0);
+            for (flips, title) in [(false, ""), (true, " (flip-sensitive tokens)")] {
+                let rows: Vec<usize> = (0..batch.tokens).filter(|&token| sensitive(token) == flips).collect();
+                let of = |values: &[f32]| -> Vec<f32> {
+                    rows.iter().flat_map(|row| &values[row * width..(row + 1) * width]).copied().collect()
+                };
+                if !rows.is_empty() {
+                    let bound = self.output_bound(name, flips)?;
+                    checks.push(bound.check(format!("{}{title}", batch.named(name)), &of(output), &of(&expected)));
                 }
+            }
+            let [codes_name, scales_name] = ["input_codes", "input_scales"].map(|stem| format!("{stem}{suffix}"));
+            let expected_codes = file.optional_bytes(batch, &codes_name, width)?;
+            let expected_scales = file.optional_rows(batch, &scales_name)?;
+            if expected_codes.is_none() && expected_scales.is_none() {
+                continue;
+            }
+            let (codes, scales) = runner.input_codes(inputs)?;
+            let mut exact = |name: &str, found: &[i32], expected: &[i32]| {
+                let error = metrics::differing(found, expected) as f64;
+                checks.push(Check { name: batch.named(name), error, tolerance: 0.0 });
+            };
+            if let Some(expected) = expected_codes {
+                let integers = |codes: &[u8]| -> Vec<i32> { codes.iter().map(|code| i32::from(*code)).collect() };
+                exact(&codes_name, &integers(&codes), &integers(&expected));
+            }
+            if let Some(expected) = expected_scales {
+                let bits = |scales: &[f32]| -> Vec<i32> { scales.iter().map(|scale| scale.to_bits() as i32).collect() };
+                exact(&scales_name, &bits(&scales), &bits(&expected));
             }
         }
         Ok(())
@@ -319,13 +400,16 @@ impl Judged<'_> {
         Bound::Absolute(self.allowance.factor * RELATIVE * rms)
     }
 
-    fn output_bound(&self, name: &str) -> Result<Bound> {
+    fn output_bound(&self, name: &str, flips: bool) -> Result<Bound> {
         let Allowance { factor, atol } = self.allowance;
         if let Some(atol) = atol {
             return Ok(Bound::Absolute(atol));
         }
         // The manifest's object calls `output_dequant` by its last word.
-        let absolute = self.case.output_tolerance(name.strip_prefix("output_").unwrap_or(name))?;
+        let absolute = match flips {
+            true => self.case.flip_tolerance()?,
+            false => self.case.output_tolerance(name.strip_prefix("output_").unwrap_or(name))?,
+        };
         Ok(absolute.map_or(Bound::CalcDiff(factor * CALC_DIFF), |bound| Bound::Absolute(factor * bound)))
     }
 }

@@ -40,6 +40,13 @@ impl Runner for Planned<'_> {
         }
     }
 
+    fn input_codes(&self, inputs: &Inputs<'_>) -> Result<(Vec<u8>, Vec<f32>)> {
+        match self.work {
+            Work::Layer(weights) => reference::input_codes(self.spec, weights, *inputs),
+            Work::Routing(_) => Ok((vec![], vec![])),
+        }
+    }
+
     fn timing(&self, _tokens: usize) -> Result<Option<Timing>> {
         Ok(None)
     }

@@ -1,4 +1,6 @@
 //! Ids and weights to the output.
+//!
+//! A long file: the steps of a layer in their order.
 
 use super::*;
 
@@ -55,7 +57,8 @@ impl Lowering<'_> {
         let permute = Permute { num_experts, top_k };
         let tiles = self.buffer("tiles", Contents::Scratch, (1 + permute.max_tiles(rows)) * 16);
         let grid = Grid { x: Extent::Fixed(num_experts), y: Extent::Fixed(1) };
-        let buffers = [("topk_ids", topk_ids), ("sorted_rows", sorted_rows), ("tiles", tiles)];
+        let buffers =
+            [("topk_ids", topk_ids), ("expert_slots", expert_slots), ("sorted_rows", sorted_rows), ("tiles", tiles)];
         let step = self.step("permute", part, Operation::Permute(permute), grid, &buffers)?;
         self.drafts.push(Draft::Permute(step));
 
@@ -109,7 +112,16 @@ impl Lowering<'_> {
             rows_per_token: top_k,
             weigh_input,
             weighted_hidden,
-            scratch: ["hidden", "expert_out"],
+            scratch: ScratchNames {
+                names: ["experts.input", "experts.hidden"],
+                gate_up: "gate_up",
+                hidden: "hidden",
+                out: "expert_out",
+            },
+            tables: [
+                ("experts.input_scales", Table::ExpertInputScales(Gemms::GateUp)),
+                ("experts.hidden_scales", Table::ExpertInputScales(Gemms::Down)),
+            ],
         };
         let mut expert_out = self.mlp(&mlp, entering, &others)?;
         match latent {
@@ -137,7 +149,16 @@ impl Lowering<'_> {
                 rows_per_token: mlps,
                 weigh_input: None,
                 weighted_hidden: false,
-                scratch: ["shared_hidden", "shared_out"],
+                scratch: ScratchNames {
+                    names: ["shared.input", "shared.hidden"],
+                    gate_up: "shared_gate_up",
+                    hidden: "shared_hidden",
+                    out: "shared_out",
+                },
+                tables: [
+                    ("shared.input_scales", Table::SharedInputScales(Gemms::GateUp)),
+                    ("shared.hidden_scales", Table::SharedInputScales(Gemms::Down)),
+                ],
             };
             shared_buffers.push(("shared_out", self.mlp(&mlp, x, &[])?));
             let factor = match gate {
@@ -245,9 +266,10 @@ impl Lowering<'_> {
         Ok(())
     }
 
-    /// Both GEMMs of one MLP a group; the buffer of its rows.
+    /// Both GEMMs of one MLP a group, and what quantises their rows; the buffer of its rows.
     fn mlp(&mut self, mlp: &Mlp<'_>, input: Rows, others: &[(&'static str, usize)]) -> Result<usize> {
-        let Mlp { names, mlp, width, groups, rows, rows_per_token, weigh_input, weighted_hidden, scratch } = *mlp;
+        let Mlp { names, mlp, width, groups, rows, rows_per_token, weigh_input, weighted_hidden, scratch, tables } =
+            *mlp;
         let ExpertMlp {
             intermediate_size,
             activation,
@@ -256,38 +278,72 @@ impl Lowering<'_> {
             gate_up_bias,
             down_bias,
             format,
-            activation_quant: _, // refused by `landed`
+            activation_quant,
         } = *mlp;
+        let part = Part::Experts;
         let pair = if activation.gated() { 2 } else { 1 };
         let shape = [pair * intermediate_size, width];
         let gate_up = self.place(names[0], groups, shape, format, pair, gate_up_bias)?;
         let down = self.place(names[1], groups, [width, intermediate_size], format, 1, down_bias)?;
-        let hidden = self.scratch(scratch[0], rows_per_token * intermediate_size);
-        let out = self.scratch(scratch[1], rows_per_token * width);
-        let epilogue = Epilogue::Activation {
+        let out = self.scratch(scratch.out, rows_per_token * width);
+        let activated = Activated {
             activation,
             gate_up: self.spec.precision.gate_up,
             rounding: self.spec.precision.activation,
             weighted: weighted_hidden,
         };
-        let part = Part::Experts;
+        let matrices = match rows {
+            RowSource::Direct { groups: _ } => Matrices::Groups,
+            RowSource::Routed { top_k: _, num_experts } => Matrices::Experts(num_experts),
+        };
+        let quantizer = Quantizer { quant: activation_quant, matrices, rows_per_token };
+        let mut first = FirstGemm { input, divisor: rows_per_token, weigh: weigh_input };
+        if activation_quant.is_on() {
+            first =
+                self.quantize_input(&quantizer, first, width, [scratch.names[0], tables[0].0], tables[0].1, others)?;
+            self.decide(
+                names[0],
+                "emulated FP8 or INT8",
+                "WGSL has no such types: codes widen to f32, in which their products are exact",
+            );
+        }
+        let fused = self.fuses(names[0], activation_quant);
+        let (epilogue, hidden) = match fused {
+            true => (Epilogue::Sums, self.scratch(scratch.gate_up, rows_per_token * pair * intermediate_size)),
+            false => {
+                (Epilogue::Activation(activated), self.scratch(scratch.hidden, rows_per_token * intermediate_size))
+            }
+        };
         self.drafts.push(Draft::Gemm(Gemm {
             name: names[0],
             part,
             rows,
-            input,
-            input_divisor: rows_per_token,
-            weigh_input,
+            input: first.input,
+            input_divisor: first.divisor,
+            weigh_input: first.weigh,
             placed: gate_up,
             epilogue,
             out: hidden,
             others: others.to_vec(),
         }));
+        let second = match (activation_quant.is_on(), fused) {
+            (false, _) => Rows::floats(hidden, FloatType::F32),
+            (true, true) => {
+                let source = ValueSource::Activated(activated);
+                let names = [scratch.names[1], tables[1].0];
+                self.quantize(&quantizer, names, source, hidden, intermediate_size, tables[1].1, others)?
+            }
+            (true, false) => {
+                let source = ValueSource::Rows { input: FloatType::F32, divisor: 1, weigh: None };
+                let names = [scratch.names[1], tables[1].0];
+                self.quantize(&quantizer, names, source, hidden, intermediate_size, tables[1].1, others)?
+            }
+        };
         self.drafts.push(Draft::Gemm(Gemm {
             name: names[1],
             part,
             rows,
-            input: Rows::floats(hidden, FloatType::F32),
+            input: second,
             input_divisor: 1,
             weigh_input: None,
             placed: down,
@@ -297,6 +353,182 @@ impl Lowering<'_> {
         }));
         Ok(out)
     }
+
+    /// Whether the activation and the quantisation behind it are one step.
+    fn fuses(&mut self, name: &'static str, quant: ActivationQuant) -> bool {
+        let (fused, because) = match quant {
+            ActivationQuant::None => return false,
+            _ if !self.options.fuse_quantization => (false, "options.fuse_quantization is off"),
+            ActivationQuant::Dynamic { code: _, span: ScaleSpan::Tensor, rule: _, scale: _ } => {
+                (false, "one scale for all rows needs the largest magnitude of all of them first")
+            }
+            ActivationQuant::Dynamic { code: _, span: ScaleSpan::Group(_) | ScaleSpan::Token, rule: _, scale: _ } => {
+                (true, "a scale follows from values of one row, and nobody else reads the activation unquantised")
+            }
+            ActivationQuant::Static { code: _ } => {
+                (true, "the scale is known, and nobody else reads the activation unquantised")
+            }
+        };
+        let choice = if fused { "activation and quantisation in one step" } else { "activation, then quantisation" };
+        self.decide(name, choice, because);
+        fused
+    }
+
+    fn decide(&mut self, step: &'static str, choice: &'static str, because: &'static str) {
+        self.schedule.decisions.push(Decision { step, choice, because });
+    }
+
+    /// What the first GEMM reads as codes: rows of tokens where they have one scale for all experts, rows of
+    /// slots where weights or scales differ from slot to slot. Routed and shared experts share the codes of a
+    /// token where both want the same.
+    fn quantize_input(
+        &mut self,
+        quantizer: &Quantizer,
+        first: FirstGemm,
+        width: usize,
+        names: [&'static str; 2],
+        table: Table,
+        others: &[(&'static str, usize)],
+    ) -> Result<FirstGemm> {
+        let FirstGemm { input, divisor, weigh } = first;
+        let RowValues::Floats(float_type) = input.values else { return Ok(first) };
+        let fixed = match quantizer.quant {
+            ActivationQuant::Static { code: _ } => true,
+            ActivationQuant::None | ActivationQuant::Dynamic { code: _, span: _, rule: _, scale: _ } => false,
+        };
+        let by_slot = weigh.is_some() || fixed;
+        if by_slot {
+            let source = ValueSource::Rows { input: float_type, divisor, weigh };
+            let input = self.quantize(quantizer, names, source, input.buffer, width, table, others)?;
+            return Ok(FirstGemm { input, divisor: 1, weigh: None });
+        }
+        let known =
+            self.quantized.iter().find(|(quant, buffer, _)| *quant == quantizer.quant && *buffer == input.buffer);
+        if let Some((_, _, rows)) = known {
+            return Ok(FirstGemm { input: *rows, divisor, weigh: None });
+        }
+        let source = ValueSource::Rows { input: float_type, divisor: 1, weigh: None };
+        let by_token = Quantizer { quant: quantizer.quant, matrices: Matrices::Groups, rows_per_token: 1 };
+        let rows = self.quantize(&by_token, names, source, input.buffer, width, table, others)?;
+        self.quantized.push((quantizer.quant, input.buffer, rows));
+        Ok(FirstGemm { input: rows, divisor, weigh: None })
+    }
+
+    /// Codes and scales of rows, [rows_per_token of each token, cols].
+    fn quantize(
+        &mut self,
+        quantizer: &Quantizer,
+        [name, table_name]: [&'static str; 2],
+        source: ValueSource,
+        from: usize,
+        cols: usize,
+        table: Table,
+        others: &[(&'static str, usize)],
+    ) -> Result<Rows> {
+        let Quantizer { quant, matrices, rows_per_token } = *quantizer;
+        let model = self.spec.precision.model;
+        let rows = self.schedule.chunk_tokens * rows_per_token;
+        let codes = self.scratch(&format!("{name}.codes"), rows_per_token * cols.div_ceil(4));
+        let mut buffers = others.to_vec();
+        let (code, group, scale) = match quant {
+            ActivationQuant::None => return Ok(Rows::floats(from, FloatType::F32)),
+            ActivationQuant::Static { code } => {
+                let count = match matrices {
+                    Matrices::Groups => rows_per_token,
+                    Matrices::Experts(num_experts) => num_experts,
+                };
+                buffers.push(("fixed_scales", self.table(table_name, table, count)));
+                (code, None, RowScale::Fixed(matrices))
+            }
+            ActivationQuant::Dynamic { code, span: ScaleSpan::Tensor, rule, scale } => {
+                if self.schedule.chunk_tokens < self.schedule.max_tokens {
+                    let because = format!(
+                        "one scale for all rows of a call, of which only {} tokens pass at once",
+                        self.schedule.chunk_tokens
+                    );
+                    return Err(refuse(self.facts.backend, "activation_quant.span", &ScaleSpan::Tensor, because).into());
+                }
+                let partial = self.buffer(format!("{name}.amax"), Contents::Scratch, 4 * AMAX_PARTS);
+                buffers.push(("partial_amax", partial));
+                let amax = Operation::Amax(Amax { source, rows_per_token, cols, matrices, model });
+                let grid = Grid { x: Extent::Fixed(AMAX_PARTS), y: Extent::Fixed(1) };
+                buffers.push(("rows", from));
+                let step = self.step(format!("{name}.amax"), Part::Experts, amax, grid, &buffers)?;
+                self.drafts.push(Draft::Step(step));
+                (code, None, RowScale::Tensor { rule, scale })
+            }
+            ActivationQuant::Dynamic { code, span: ScaleSpan::Token, rule, scale } => {
+                (code, None, RowScale::Span { group: None, rule, scale, layout: ScaleLayout::RowMajor })
+            }
+            ActivationQuant::Dynamic { code, span: ScaleSpan::Group(group), rule, scale } => {
+                let layout = match scale {
+                    ActivationScale::F32 | ActivationScale::F32CeilPow2 => ScaleLayout::RowMajor,
+                    ActivationScale::Ue8m0Packed => ScaleLayout::Packed,
+                };
+                (code, Some(group), RowScale::Span { group: Some(group), rule, scale, layout })
+            }
+        };
+        let layout = match scale {
+            RowScale::Span { group: _, rule: _, scale: _, layout } => layout,
+            RowScale::Tensor { rule: _, scale: _ } | RowScale::Fixed(_) => ScaleLayout::RowMajor,
+        };
+        // Room for either layout of the buckets.
+        let groups = cols.div_ceil(group.unwrap_or(cols));
+        let words = layout.words(rows.next_multiple_of(4), groups);
+        let scales = self.buffer(format!("{name}.scales"), Contents::Scratch, 4 * words);
+        buffers.extend([("rows", from), ("codes", codes), ("scales", scales)]);
+        let quantize = Quantize { source, rows_per_token, cols, code, scale, model };
+        let [spans, per_workgroup] = quantize.spans();
+        let limit = self.facts.max_workgroups as usize;
+        let y = Extent::PerToken { items: rows_per_token, per: 1, limit };
+        let grid = Grid { x: Extent::Fixed(spans.div_ceil(per_workgroup)), y };
+        let step = |operation: Quantize| {
+            self.step(format!("{name}.quantize"), Part::Experts, Operation::Quantize(operation), grid, &buffers)
+        };
+        let gemv = step(quantize.clone())?;
+        let tiled = step(Quantize { scale: by_column(scale, rows), ..quantize })?;
+        self.drafts.push(Draft::ByBucket { gemv, tiled });
+        Ok(Rows { buffer: codes, values: RowValues::Codes { code, group, scales: layout }, scales: Some(scales) })
+    }
+}
+
+/// Scales as the tiled kernel reads them: those of a tile's rows beside each other.
+fn by_column(scale: RowScale, rows: usize) -> RowScale {
+    match scale {
+        RowScale::Span { group: Some(group), rule, scale, layout: ScaleLayout::RowMajor } => {
+            let layout = column_major(rows);
+            RowScale::Span { group: Some(group), rule, scale, layout }
+        }
+        RowScale::Span { group: _, rule: _, scale: _, layout: _ }
+        | RowScale::Tensor { rule: _, scale: _ }
+        | RowScale::Fixed(_) => scale,
+    }
+}
+
+/// Whose rows are quantised, and how.
+struct Quantizer {
+    quant: ActivationQuant,
+    matrices: Matrices,
+    rows_per_token: usize,
+}
+
+/// What the first GEMM of an MLP reads.
+#[derive(Clone, Copy)]
+struct FirstGemm {
+    input: Rows,
+    /// Its rows that share an entering row.
+    divisor: usize,
+    weigh: Option<Rounding>,
+}
+
+/// Names of an MLP's buffers.
+#[derive(Clone, Copy)]
+struct ScratchNames {
+    /// Of what is quantised before each GEMM.
+    names: [&'static str; 2],
+    gate_up: &'static str,
+    hidden: &'static str,
+    out: &'static str,
 }
 
 /// One MLP a group, as the layer uses it.
@@ -312,6 +544,7 @@ struct Mlp<'a> {
     rows_per_token: usize,
     weigh_input: Option<Rounding>,
     weighted_hidden: bool,
-    /// Names of the activation's and of the output's buffers.
-    scratch: [&'static str; 2],
+    scratch: ScratchNames,
+    /// Tables of static scales, by GEMM.
+    tables: [(&'static str, Table); 2],
 }

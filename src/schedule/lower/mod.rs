@@ -8,19 +8,22 @@
 mod layer;
 mod routing;
 
-use super::{Bucket, Buffer, Contents, DeviceFacts, Extent, Grid, Options, Part, Schedule, Step, Table};
+use super::{
+    Bucket, Buffer, Contents, Decision, DeviceFacts, Extent, Gemms, Grid, Options, Part, Schedule, Step, Table,
+};
 use crate::error::{Error, Result, Unsupported};
 use crate::kernels::combine::{Routed, SharedFactor, SharedRows};
 use crate::kernels::grouped_gemm::{TILE_COLS, TILE_ROWS};
 use crate::kernels::pack::{PackedMatrix, SPAN_WORDS};
+use crate::kernels::quantize::AMAX_PARTS;
 use crate::kernels::{
-    Access, Combine, Epilogue, GemmVariant, GroupedGemm, Norm, NormScale, Operation, Permute, RowSource, RowValues,
-    TopkRouting,
+    Access, Activated, Amax, Combine, Epilogue, GemmVariant, GroupedGemm, Matrices, Norm, NormScale, Operation,
+    Permute, Quantize, RowScale, RowSource, RowValues, ScaleLayout, TopkRouting, ValueSource,
 };
 use crate::spec::{
-    CombineRounding, ExpertInput, ExpertMlp, FloatType, Latent, LatentNorm, LogitTransform, MoeSpec, OutputNorm,
-    Precision, Rounding, Router, RouterInput, Routing, RoutingMethod, SharedCombination, SharedExperts, SharedGate,
-    WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
+    ActivationQuant, ActivationScale, CombineRounding, ExpertInput, ExpertMlp, FloatType, Latent, LatentNorm,
+    LogitTransform, MoeSpec, OutputNorm, Precision, Rounding, Router, RouterInput, Routing, RoutingMethod, ScaleSpan,
+    SharedCombination, SharedExperts, SharedGate, WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
 };
 use crate::support::{self, Scope, refuse};
 use crate::weights::Blocks;
@@ -88,8 +91,10 @@ fn supported(spec: &MoeSpec, scope: Scope, backend: &'static str) -> Result<(), 
         return Ok(());
     }
     scales_by_vector(backend, "experts.format", experts.format)?;
+    nested_scales(backend, "experts.activation_quant", experts)?;
     if let Some(SharedExperts { mlp, gate, combination: _ }) = shared {
         scales_by_vector(backend, "shared.mlp.format", mlp.format)?;
+        nested_scales(backend, "shared.mlp.activation_quant", mlp)?;
         match gate {
             SharedGate::None | SharedGate::Joint => {}
             SharedGate::Sigmoid { format } => scales_by_vector(backend, "shared.gate.format", *format)?,
@@ -111,6 +116,28 @@ fn scales_by_vector(backend: &'static str, field: &'static str, format: WeightFo
     }
 }
 
+/// The GEMM kernels keep one sum for the columns that share both scales: a power of two of them.
+fn nested_scales(backend: &'static str, field: &'static str, mlp: &ExpertMlp) -> Result<(), Unsupported> {
+    let group = match mlp.activation_quant {
+        ActivationQuant::None => return Ok(()),
+        ActivationQuant::Dynamic { code: _, span: ScaleSpan::Group(group), rule: _, scale: _ } => Some(group),
+        ActivationQuant::Dynamic { code: _, span: ScaleSpan::Token | ScaleSpan::Tensor, rule: _, scale: _ }
+        | ActivationQuant::Static { code: _ } => None,
+    };
+    let weights = mlp.format.parts().blocks.and_then(|blocks| blocks.cols);
+    let whole = |block: usize| block.is_power_of_two() && (16..=2048).contains(&block);
+    let nested = group.into_iter().chain(weights).all(whole) && group.is_none_or(|group| group >= 32);
+    if !nested {
+        let because = format!(
+            "the columns that share a scale must be a power of two, 32 to 2048 of activations and 16 to 2048 of \
+             weights, here of {:?}",
+            mlp.format
+        );
+        return Err(refuse(backend, field, &mlp.activation_quant, because));
+    }
+    Ok(())
+}
+
 struct Lowering<'a> {
     spec: &'a MoeSpec,
     facts: &'a DeviceFacts,
@@ -118,6 +145,8 @@ struct Lowering<'a> {
     schedule: Schedule,
     params: usize,
     drafts: Vec<Draft>,
+    /// Rows of tokens that are quantised already: how, from which buffer, to which rows.
+    quantized: Vec<(ActivationQuant, usize, Rows)>,
 }
 
 /// A step before a bucket picks its kernel.
@@ -128,6 +157,8 @@ enum Draft {
     Step(Step),
     /// Only where GEMMs are tiled.
     Permute(Step),
+    /// One for each kind of GEMM.
+    ByBucket { gemv: Step, tiled: Step },
 }
 
 /// One GEMM before it is cut into segments and variants.
@@ -150,11 +181,13 @@ struct Gemm {
 struct Rows {
     buffer: usize,
     values: RowValues,
+    /// Of codes.
+    scales: Option<usize>,
 }
 
 impl Rows {
     fn floats(buffer: usize, float_type: FloatType) -> Self {
-        Self { buffer, values: RowValues::Floats(float_type) }
+        Self { buffer, values: RowValues::Floats(float_type), scales: None }
     }
 }
 
@@ -181,8 +214,16 @@ impl<'a> Lowering<'a> {
         options: &'a Options,
     ) -> Result<Self> {
         let chunk_tokens = chunk_tokens(spec, scope, max_tokens, facts)?;
-        let schedule = Schedule { scope, max_tokens, chunk_tokens, buffers: vec![], matrices: vec![], buckets: vec![] };
-        let mut lowering = Self { spec, facts, options, schedule, params: 0, drafts: vec![] };
+        let schedule = Schedule {
+            scope,
+            max_tokens,
+            chunk_tokens,
+            buffers: vec![],
+            matrices: vec![],
+            buckets: vec![],
+            decisions: vec![],
+        };
+        let mut lowering = Self { spec, facts, options, schedule, params: 0, drafts: vec![], quantized: vec![] };
         lowering.params = lowering.buffer("params", Contents::Params, 16);
         Ok(lowering)
     }
@@ -310,10 +351,8 @@ impl<'a> Lowering<'a> {
     fn buckets(&mut self) -> Result<()> {
         let hidden_size = self.spec.hidden_size;
         let input = self.spec.precision.input;
-        let hidden_states = Rows {
-            buffer: self.token_buffer("hidden_states", Contents::HiddenStates, hidden_size * input.bytes()),
-            values: RowValues::Floats(input),
-        };
+        let hidden_states = self.token_buffer("hidden_states", Contents::HiddenStates, hidden_size * input.bytes());
+        let hidden_states = Rows::floats(hidden_states, input);
         let routed = self.routing(hidden_states)?;
         if self.schedule.scope == Scope::Layer {
             self.layer(hidden_states, &routed)?;
@@ -334,6 +373,8 @@ impl<'a> Lowering<'a> {
                     Draft::Step(step) => steps.push(step.clone()),
                     Draft::Permute(_) if gemv => {}
                     Draft::Permute(step) => steps.push(step.clone()),
+                    Draft::ByBucket { gemv: step, tiled: _ } if gemv => steps.push(step.clone()),
+                    Draft::ByBucket { gemv: _, tiled } => steps.push(tiled.clone()),
                 }
             }
             self.check_limits(&steps, tokens)?;
@@ -361,15 +402,30 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
+    fn rows_per_token(&self, rows: RowSource) -> usize {
+        match rows {
+            RowSource::Direct { groups } => groups,
+            RowSource::Routed { top_k, num_experts: _ } => top_k,
+        }
+    }
+
     /// One step for each segment.
     fn gemm(&self, steps: &mut Vec<Step>, gemm: &Gemm, gemv: bool) -> Result<()> {
         let Gemm { name, part, rows, input, input_divisor, weigh_input, ref placed, epilogue, out, ref others } = *gemm;
         let matrix = &self.schedule.matrices[placed.matrix];
         let limit = self.facts.max_workgroups as usize;
+        let values = match (input.values, gemv) {
+            (RowValues::Codes { code, group: Some(group), scales: ScaleLayout::RowMajor }, false) => {
+                let rows_per_token = self.rows_per_token(rows) / input_divisor;
+                let scales = column_major(self.schedule.chunk_tokens * rows_per_token);
+                RowValues::Codes { code, group: Some(group), scales }
+            }
+            (values, _) => values,
+        };
         let kernel = GroupedGemm {
             rows,
             variant: GemmVariant::Tiled,
-            input: input.values,
+            input: values,
             input_divisor,
             weigh_input,
             matrix_rows: matrix.rows,
@@ -386,10 +442,7 @@ impl<'a> Lowering<'a> {
                 let [runs, staged] = kernel.runs();
                 let lanes = (runs.min(staged) as u32).next_power_of_two().min(GEMV_LANES);
                 let tile_rows = GEMV_WORKGROUP / lanes * GEMV_ROWS_PER_LANE;
-                let items = match rows {
-                    RowSource::Direct { groups } => groups,
-                    RowSource::Routed { top_k, num_experts: _ } => top_k,
-                };
+                let items = self.rows_per_token(rows);
                 let variant = GemmVariant::Gemv { workgroup_size: GEMV_WORKGROUP, lanes, tile_rows };
                 let x = Extent::Fixed(span_rows.div_ceil(tile_rows as usize));
                 (variant, Grid { x, y: Extent::PerToken { items, per: 1, limit } })
@@ -403,11 +456,17 @@ impl<'a> Lowering<'a> {
             let operation = Operation::GroupedGemm(GroupedGemm { variant, ..kernel.clone() });
             let mut buffers = vec![("rows", input.buffer), ("segment", codes), ("spans", spans), ("out", out)];
             buffers.extend(others);
+            buffers.extend(input.scales.map(|scales| ("input_scales", scales)));
             let name = if placed.buffers.len() == 1 { name.to_string() } else { format!("{name}[{segment}]") };
             steps.push(self.step(name, part, operation, grid, &buffers)?);
         }
         Ok(())
     }
+}
+
+/// Columns of scales for so many rows.
+fn column_major(rows: usize) -> ScaleLayout {
+    ScaleLayout::ColumnMajor { stride: rows.next_multiple_of(4) }
 }
 
 /// Tokens whose activations fit the device's bindings.
@@ -425,12 +484,14 @@ fn chunk_tokens(spec: &MoeSpec, scope: Scope, max_tokens: usize, facts: &DeviceF
     let mut rows_per_token = spec.top_k;
     if scope == Scope::Layer {
         per_token.push(("top_k * hidden_size", 4 * spec.top_k * spec.expert_width()));
-        per_token.push(("top_k * intermediate_size", 4 * spec.top_k * spec.experts.intermediate_size));
+        let pair = |mlp: &ExpertMlp| if mlp.activation_quant.is_on() && mlp.activation.gated() { 2 } else { 1 };
+        let inner = pair(&spec.experts) * spec.experts.intermediate_size;
+        per_token.push(("top_k * intermediate_size", 4 * spec.top_k * inner));
         if let Some(SharedExperts { mlp, gate: _, combination: _ }) = &spec.shared {
             let mlps = spec.shared_mlps();
             rows_per_token = rows_per_token.max(mlps);
             per_token.push(("shared.hidden_size", 4 * mlps * spec.hidden_size));
-            per_token.push(("shared.intermediate_size", 4 * mlps * mlp.intermediate_size));
+            per_token.push(("shared.intermediate_size", 4 * mlps * pair(mlp) * mlp.intermediate_size));
         }
     }
     // The routing has a workgroup a token, the tiled GEMM one a tile.

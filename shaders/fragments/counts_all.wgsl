@@ -1,0 +1,3 @@
+fn counts(row: u32) -> bool {
+    return true;
+}

@@ -1,0 +1,3 @@
+fn final_scale(raw: u32) -> u32 {
+    return raw;
+}

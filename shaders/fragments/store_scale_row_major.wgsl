@@ -1,0 +1,3 @@
+fn store_scale(row: u32, span: u32, bits: u32) {
+    scales[row * SPANS + span] = bits;
+}
