@@ -52,6 +52,11 @@ impl Slack {
         // A norm makes the errors of a small row as large as it makes the row: 1 / sqrt(eps) of random.rs, that is 4.5.
         let rows = if spec.output_norm.is_some() { 5.0 * (rows + ROW_TOLERANCE) } else { rows };
         let whole = if rows + weights > 0.0 { 0.3 * half_ulp(precision.model) } else { 0.0 };
+        // A value beside the middle of two E4M3 codes moves by an eighth when it goes the other way. lockstep.rs
+        // compares codes and scales exactly.
+        let shared = spec.shared.as_ref().is_some_and(|shared| shared.mlp.activation_quant.is_on());
+        let coded = shared || spec.experts.activation_quant.is_on();
+        let (rows, whole) = if coded { (rows + 0.15, whole + 0.02) } else { (rows, whole) };
         Self { logits, weights, rows: rows + weights, whole }
     }
 }
@@ -353,17 +358,13 @@ fn supports_says_what_planning_says() {
     for (seed, mut spec) in specs(200).into_iter().enumerate() {
         let rng = &mut Rng::with_seed(seed as u64);
         // A part that no backend has, in one of two specs.
-        match rng.usize(0..14) {
+        match rng.usize(0..12) {
             0 => spec.lora = Some(Lora { num_adapters: 2, rank: 4, delta: LoraDelta::F32 }),
             1 => spec.placement = Placement::Range { first: 0, count: spec.num_experts },
             2 => spec.shard = TensorShard::Part { first: 0, size: 1, owns_down_bias: true },
             3 => spec.entry = Entry::Batched { capacity: 4 },
             4 => spec.precision.block_scale = BlockScale::Folded,
-            5 => {
-                let scale = ActivationScale::F32;
-                spec.experts.activation_quant = ActivationQuant::dynamic_fp8(128, scale);
-            }
-            6 => spec.experts.format = WeightFormat::Fp8Block { block: [8, 12], scale: ScaleFormat::F32 },
+            5 => spec.experts.format = WeightFormat::Fp8Block { block: [8, 12], scale: ScaleFormat::F32 },
             _ => {}
         }
         let layer = RandomLayer::new(spec, seed as u64);

@@ -16,6 +16,7 @@ mod limits;
 mod lockstep;
 mod matrix;
 mod packing;
+mod quantising;
 mod random;
 mod rig;
 mod routing;

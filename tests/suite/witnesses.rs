@@ -44,6 +44,16 @@ fn sparsemixer(spec: &mut MoeSpec) {
     spec.routing.method = RoutingMethod::Sparsemixer { router_jitter_noise: 0.01 };
 }
 
+const PLAIN_RULE: ScaleRule = ScaleRule::FlooredAmax;
+
+fn quantised(spec: &mut MoeSpec, span: ScaleSpan, rule: ScaleRule, scale: ActivationScale) {
+    spec.experts.activation_quant = ActivationQuant::Dynamic { code: ActivationCode::E4m3, span, rule, scale };
+}
+
+fn by_group(spec: &mut MoeSpec) {
+    quantised(spec, ScaleSpan::Group(32), PLAIN_RULE, ActivationScale::F32);
+}
+
 fn router_mlp(spec: &mut MoeSpec) {
     let format = WeightFormat::Bf16;
     spec.router = Router::Mlp { state_size: 10, rms_norm_eps: 1e-5, previous_state: true, format };
@@ -215,8 +225,29 @@ fn witnesses() -> Vec<Witness> {
         witness("experts.activation", |spec| spec.experts.activation = Activation::GeluTanh),
         witness("experts.activation", |spec| spec.experts.activation = Activation::GeluErf),
         witness("experts.activation_quant", |spec| {
-            let quant = ActivationQuant::dynamic_fp8(128, ActivationScale::F32);
-            spec.experts.activation_quant = quant;
+            spec.experts.activation_quant = ActivationQuant::dynamic_fp8(128, ActivationScale::F32);
+        }),
+        witness("activation_quant.span", |spec| quantised(spec, ScaleSpan::Token, PLAIN_RULE, ActivationScale::F32)),
+        witness("activation_quant.span", |spec| quantised(spec, ScaleSpan::Tensor, PLAIN_RULE, ActivationScale::F32)),
+        witness_of("activation_quant.scale", by_group, |spec| {
+            quantised(spec, ScaleSpan::Group(32), PLAIN_RULE, ActivationScale::F32CeilPow2);
+        }),
+        witness_of("activation_quant.rule", by_group, |spec| {
+            let rule = ScaleRule::FlooredScale { upper: Some(1e-3) };
+            quantised(spec, ScaleSpan::Group(32), rule, ActivationScale::F32);
+        }),
+        witness_of("activation_quant.code", by_group, |spec| {
+            let (span, rule, scale) = (ScaleSpan::Group(32), PLAIN_RULE, ActivationScale::F32);
+            let code = ActivationCode::Int8;
+            spec.experts.activation_quant = ActivationQuant::Dynamic { code, span, rule, scale };
+        }),
+        witness("experts.activation_quant", |spec| {
+            spec.experts.activation_quant = ActivationQuant::Static { code: ActivationCode::E4m3 };
+        }),
+        witness("shared.mlp.activation_quant", |spec| {
+            if let Some(shared) = &mut spec.shared {
+                shared.mlp.activation_quant = ActivationQuant::dynamic_fp8(32, ActivationScale::F32);
+            }
         }),
         witness("shared.mlp.activation.limit", |spec| {
             if let Some(shared) = &mut spec.shared {
@@ -412,7 +443,7 @@ fn judge<B: moewe::host::Host + Clone>(backend: &B) -> (usize, Vec<&'static str>
 }
 
 /// What no backend has yet.
-const REFUSED: [&str; 6] = ["experts.activation_quant", "lora", "placement", "shard", "entry", "precision.block_scale"];
+const REFUSED: [&str; 5] = ["lora", "placement", "shard", "entry", "precision.block_scale"];
 
 #[test]
 fn each_field_acts_or_is_refused_by_name_on_cpu() {
