@@ -16,6 +16,7 @@ mod limits;
 mod lockstep;
 mod matrix;
 mod packing;
+mod quantised;
 mod random;
 mod rig;
 mod routing;
