@@ -261,8 +261,8 @@ fn compressed_tensors(config: &Config<'_>) -> Read {
         let off = |value: &Value| match value {
             Value::Null => true,
             Value::Object(map) => map.iter().all(|(key, value)| {
-                (key == "format" && *value == Value::from("dense"))
-                    || (key == "config_groups" && *value == Value::Object(serde_json::Map::new()))
+                (key == "format" && value == "dense")
+                    || (key == "config_groups" && value.as_object().is_some_and(serde_json::Map::is_empty))
             }),
             Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => false,
         };

@@ -195,14 +195,16 @@ impl<'a, 'q> Reader<'a, 'q> {
     /// one of the matrices has one.
     pub(super) fn probe(&self, place: &Place, index: Index) -> Result<(Tensors<'a>, WeightFormat)> {
         let tensors = self.tensors(&place.probe(index))?;
-        let format = match tensors.format {
-            WeightFormat::Int4 { group, scale, zero_points, act_order: false } if tensors.has_order() => {
-                let ordered = |name: &String| Ok(act_order(self.tensors(name)?.format));
-                let all: Vec<bool> = place.matrices(index).iter().map(ordered).collect::<Result<_>>()?;
-                WeightFormat::Int4 { group, scale, zero_points, act_order: all.contains(&true) }
+        let mut format = tensors.format;
+        if tensors.has_order() && !act_order(format) {
+            for name in place.matrices(index) {
+                let other = self.tensors(&name)?.format;
+                if act_order(other) {
+                    format = other;
+                    break;
+                }
             }
-            format => format,
-        };
+        }
         Ok((tensors, format))
     }
 
