@@ -48,6 +48,28 @@ impl<'a> Config<'a> {
         read: impl FnOnce(&Config<'a>) -> Result<T>,
     ) -> Result<T> {
         let (key, value) = self.required(&[key], "an object")?;
+        self.inner(key, value, irrelevant, read)
+    }
+
+    /// Reads each object in the object under a key.
+    pub(super) fn objects<T>(
+        &self,
+        key: &'static str,
+        irrelevant: &[&str],
+        read: impl Fn(&Config<'a>) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let (key, value) = self.required(&[key], "an object of objects")?;
+        let map = value.as_object().ok_or_else(|| self.wrong(key, value, "an object of objects"))?;
+        map.iter().map(|(name, value)| self.inner(&format!("{key}.{name}"), value, irrelevant, &read)).collect()
+    }
+
+    fn inner<T>(
+        &self,
+        key: &str,
+        value: &'a Value,
+        irrelevant: &[&str],
+        read: impl FnOnce(&Config<'a>) -> Result<T>,
+    ) -> Result<T> {
         let map = value.as_object().ok_or_else(|| self.wrong(key, value, "an object"))?;
         let mut config = Config::new("", &format!("{}{key}.", self.path), map);
         config.owner.clone_from(&self.owner);
@@ -153,6 +175,12 @@ impl<'a> Config<'a> {
             None | Some((_, Value::Null)) => Ok(None),
             Some((key, value)) => self.integer(key, value, 0).map(Some),
         }
+    }
+
+    /// An integer that may be negative, with the spelling that was found.
+    pub(super) fn signed(&self, keys: &[&'static str]) -> Result<(&'static str, i64)> {
+        let (key, value) = self.required(keys, "an integer")?;
+        value.as_i64().map(|integer| (key, integer)).ok_or_else(|| self.wrong(key, value, "an integer"))
     }
 
     /// An integer that may be negative, if the key is there.
@@ -368,7 +396,8 @@ impl<'a> Config<'a> {
         found.ok_or_else(|| self.unsupported(key, value, format!("only {} is implemented", known.join(" or "))))
     }
 
-    fn wrong(&self, key: &str, value: &Value, expected: &str) -> Error {
+    /// A value of the wrong type or out of range.
+    pub(super) fn wrong(&self, key: &str, value: &Value, expected: &str) -> Error {
         Error::invalid(self.name(key), show(value), expected, "correct the key in config.json")
     }
 }

@@ -34,7 +34,6 @@ pub(super) const FAMILY: Family = Family {
         tid2eid: &["gate.tid2eid"],
         experts: &[FUSED, SHORT, PROJ],
         shared: &[short("shared_experts"), SHARED_EXPERTS],
-        scales: &["scale", "weight_scale_inv"],
         ..MLP
     },
     read,
@@ -44,8 +43,6 @@ fn read(config: &Config<'_>) -> Result<Model> {
     silu(config)?;
     config.word("scoring_func", &["sqrtsoftplus"])?;
     config.optional_word("topk_method", &["noaux_tc"])?;
-    // The published experts are FP4; only the FP8 and BF16 variants can be run.
-    config.optional_word("expert_dtype", &["fp8"])?;
     config.fixed("mlp_bias", false)?;
 
     let score = Score::SqrtSoftplus;

@@ -431,5 +431,42 @@ pub(super) const MULTIMODAL: &[&str] = &[
     "vision_start_token_id",
 ];
 
-/// Of a `quantization_config`: lists of modules that stay unquantised. What a tensor is, its dtype says.
-pub(super) const QUANTIZATION: &[&str] = &["ignore", "ignored_layers", "modules_to_not_convert"];
+/// Of a `quantization_config` and the objects in it: modules that stay unquantised, how the weights were found,
+/// marks of tools. What a tensor is, its dtype says.
+pub(super) const QUANTIZATION: &[&str] = &[
+    "exclude_modules",
+    "ignore",
+    "ignored_layers",
+    "lm_head",
+    "modules_to_not_convert",
+    "targets",
+    // keys, values and what leaves a module
+    "kv_cache_quant_algo",
+    "kv_cache_scheme",
+    "output_activations",
+    // ModelOpt and compressed-tensors
+    "config_groups",
+    "global_compression_ratio",
+    "observer",
+    "observer_kwargs",
+    "producer",
+    "quantization_status",
+    "scale_dtype",
+    "version",
+    "zp_dtype",
+    // GPTQ
+    "batch_size",
+    "block_name_to_quantize",
+    "cache_block_outputs",
+    "damp_percent",
+    "dataset",
+    "meta",
+    "model_file_base_name",
+    "model_name_or_path",
+    "model_seqlen",
+    "module_name_preceding_first_block",
+    "static_groups",
+    "tokenizer",
+    "true_sequential",
+    "use_exllama",
+];

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::model::{Block, Gate, RouterKind, Shared};
+use super::model::{Block, Family, Gate, RouterKind, Shared};
 use super::names::{Mlp, Names, Site};
 use super::quantization::Quantization;
-use super::reader::{Index, Place, Reader, expect_shape, format_of};
+use super::reader::{Index, Place, Reader, expect_shape};
+use super::tensors;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::spec::{
@@ -22,6 +23,7 @@ pub(super) struct Source {
     /// For messages.
     family: &'static str,
     names: &'static Names,
+    quantization: Option<Quantization>,
     /// What the names of the layer begin with; every tensor that does has to be read.
     owned: Vec<String>,
     /// `None` if the router is alone in its checkpoint.
@@ -59,12 +61,17 @@ pub(super) struct StoredMlp {
     pub(super) format: WeightFormat,
     pub(super) rows: GateUpLayout,
     pub(super) orientation: Orientation,
+    /// Whether its tensors are values without scales.
+    pub(super) plain: bool,
+    /// Whether it says what a static scheme divides inputs by.
+    pub(super) input_scales: bool,
 }
 
 impl StoredMlp {
     /// Tensors of their own, [out, in].
     fn separate(format: WeightFormat) -> Self {
-        Self { format, rows: GateUpLayout::Separate, orientation: Orientation::OutIn }
+        let (rows, orientation) = (GateUpLayout::Separate, Orientation::OutIn);
+        Self { format, rows, orientation, plain: true, input_scales: false }
     }
 }
 
@@ -72,35 +79,45 @@ impl Source {
     /// The whole layer at a site.
     pub(super) fn layer(
         checkpoint: &Checkpoint,
-        family: &'static str,
-        names: &'static Names,
+        family: &'static Family,
+        quantization: Option<Quantization>,
         site: &Site,
     ) -> Result<Self> {
-        let experts = place(checkpoint, names, site, names.experts, true)?;
+        let names = &family.names;
+        let experts = Some(place(checkpoint, quantization.as_ref(), names, site, names.experts, true)?);
         let router = RouterNames::at(checkpoint, names, site);
-        Ok(Self { family, names, owned: site.owned(names), site: Some(site.clone()), router, experts: Some(experts) })
+        let (owned, site) = (site.owned(names), Some(site.clone()));
+        Ok(Self { family: family.name, names, quantization, owned, site, router, experts })
     }
 
     /// Only the router of a site.
     pub(super) fn router_of_layer(
         checkpoint: &Checkpoint,
-        family: &'static str,
-        names: &'static Names,
+        family: &'static Family,
+        quantization: Option<Quantization>,
         site: &Site,
     ) -> Self {
+        let names = &family.names;
         let router = RouterNames::at(checkpoint, names, site);
-        Self { family, names, owned: vec![router.prefix.clone()], site: Some(site.clone()), router, experts: None }
+        let (owned, site) = (vec![router.prefix.clone()], Some(site.clone()));
+        Self { family: family.name, names, quantization, owned, site, router, experts: None }
     }
 
     /// A router that is alone in its checkpoint, its tensors named by their last component.
     pub(super) fn bare_router(
         checkpoint: &Checkpoint,
-        family: &'static str,
-        names: &'static Names,
+        family: &'static Family,
+        quantization: Option<Quantization>,
         router: RouterKind,
     ) -> Result<Self> {
+        let names = &family.names;
         let router = RouterNames::bare(checkpoint, names, router)?;
-        Ok(Self { family, names, owned: vec![String::new()], site: None, router, experts: None })
+        let owned = vec![String::new()];
+        Ok(Self { family: family.name, names, quantization, owned, site: None, router, experts: None })
+    }
+
+    fn reader<'a>(&self, checkpoint: &'a Checkpoint) -> Reader<'a, '_> {
+        Reader::new(checkpoint, self.family, self.quantization.as_ref())
     }
 
     /// Whether no expert is to be read.
@@ -109,13 +126,9 @@ impl Source {
     }
 
     /// How the layer is stored: dtypes and shapes of its tensors.
-    pub(super) fn stored(
-        &self,
-        checkpoint: &Checkpoint,
-        quantization: Option<&Quantization>,
-        block: &Block,
-    ) -> Result<Stored> {
-        let format = |weight: &str| format_of(checkpoint, self.family, self.names, quantization, weight);
+    pub(super) fn stored(&self, checkpoint: &Checkpoint, block: &Block) -> Result<Stored> {
+        let reader = self.reader(checkpoint);
+        let format = |weight: &str| reader.tensors(weight).map(|tensors| tensors.format);
         let router = match (block.router, self.names.router_mlp) {
             (RouterKind::Mlp { state_size: _, rms_norm_eps: _, previous_state: _ }, Some(parts)) => {
                 format(&format!("{}{}.weight", self.router.prefix, parts.down))?
@@ -135,8 +148,10 @@ impl Source {
             });
         };
         let stored = |place: &Place, width: usize, inner: usize, index: Index| -> Result<StoredMlp> {
-            let (rows, orientation) = place.stored_as(checkpoint, [inner, width], index)?;
-            Ok(StoredMlp { format: format(&place.probe(index))?, rows, orientation })
+            let (tensors, format) = reader.probe(place, index)?;
+            let (plain, input_scales) = (tensors.is_plain(), tensors.input_scale.is_some());
+            let (rows, orientation) = place.stored_as(checkpoint, [inner, width], index, plain)?;
+            Ok(StoredMlp { format, rows, orientation, plain, input_scales })
         };
         let width = block.latent.map_or(block.hidden_size, |(size, _)| size);
         let shared = match block.shared {
@@ -162,20 +177,20 @@ impl Source {
 
     /// Where the shared experts are, and how many MLPs they are.
     fn shared(&self, checkpoint: &Checkpoint, site: &Site, shared: &Shared, shares: usize) -> Result<(Place, Index)> {
-        let place = place(checkpoint, self.names, site, self.names.shared, false)?;
+        let place = place(checkpoint, self.quantization.as_ref(), self.names, site, self.names.shared, false)?;
         Ok((place, if shared.gate == Gate::Joint { Index::Of(shares) } else { Index::One }))
     }
 
     /// The router's weights.
     pub(super) fn router_weights<'a>(&self, checkpoint: &'a Checkpoint, spec: &MoeSpec) -> Result<RouterWeights<'a>> {
         spec.validate()?;
-        let reader = Reader::new(checkpoint, self.names);
+        let reader = self.reader(checkpoint);
         let weights = self.read_router(&reader, spec)?;
         let owned = match self.site {
             Some(_) => vec![self.router.prefix.clone()],
             None => self.owned.clone(),
         };
-        reader.all_read(self.family, &owned)?;
+        reader.all_read(&owned)?;
         weights.check(spec)?;
         Ok(weights)
     }
@@ -194,14 +209,14 @@ impl Source {
             });
         };
         spec.validate()?;
-        let reader = Reader::new(checkpoint, self.names);
+        let reader = self.reader(checkpoint);
         let router = self.read_router(&reader, spec)?;
         let count = Index::Of(spec.num_experts);
         let experts = reader.mlps(experts, &spec.experts, spec.expert_width(), count, spec.selectable())?;
         let (shared, shared_gate) = match &spec.shared {
             None => (Vec::new(), None),
             Some(SharedExperts { mlp, gate, combination: _ }) => {
-                let place = place(checkpoint, self.names, site, self.names.shared, false)?;
+                let place = place(checkpoint, self.quantization.as_ref(), self.names, site, self.names.shared, false)?;
                 let index = match gate {
                     SharedGate::Joint => Index::Of(spec.joint_shares()),
                     SharedGate::None | SharedGate::Sigmoid { format: _ } => Index::One,
@@ -225,12 +240,12 @@ impl Source {
         let output_norm = row(self.names.output_norm, spec.output_norm.is_some())?;
         let latent = latent.transpose()?;
         let weights = MoeWeights { router, experts, shared, shared_gate, latent, output_bias, output_norm };
-        reader.all_read(self.family, &self.owned)?;
+        reader.all_read(&self.owned)?;
         weights.check(spec)?;
         Ok(weights)
     }
 
-    fn read_router<'a>(&self, reader: &Reader<'a>, spec: &MoeSpec) -> Result<RouterWeights<'a>> {
+    fn read_router<'a>(&self, reader: &Reader<'a, '_>, spec: &MoeSpec) -> Result<RouterWeights<'a>> {
         let RouterNames {
             prefix: _,
             weight,
@@ -290,7 +305,7 @@ impl Source {
 
     fn read_router_mlp<'a>(
         &self,
-        reader: &Reader<'a>,
+        reader: &Reader<'a, '_>,
         [hidden_size, state, outputs]: [usize; 3],
         previous_state: bool,
         format: WeightFormat,
@@ -316,7 +331,7 @@ impl Source {
 
     fn read_latent<'a>(
         &self,
-        reader: &Reader<'a>,
+        reader: &Reader<'a, '_>,
         site: &Site,
         Latent { size, format, norm }: &Latent,
         hidden_size: usize,
@@ -355,6 +370,7 @@ fn pick(checkpoint: &Checkpoint, names: &Names, site: &Site, spellings: &[&'stat
 /// The first of these layouts that the checkpoint has.
 fn place(
     checkpoint: &Checkpoint,
+    quantization: Option<&Quantization>,
     names: &'static Names,
     site: &Site,
     mlps: &'static [Mlp],
@@ -371,10 +387,11 @@ fn place(
             Place { path, layout: &mlp.layout }
         })
     };
-    if let Some(found) = places().find(|place| checkpoint.tensor(&place.probe(index)).is_some()) {
+    if let Some(found) = places().find(|place| tensors::codes_name(checkpoint, &place.probe(index)).is_some()) {
         return Ok(found);
     }
-    let tried: BTreeSet<String> = places().map(|place| place.probe(index)).collect();
+    let codes = |place: Place| tensors::expected_codes(&place.probe(index), quantization);
+    let tried: BTreeSet<String> = places().map(codes).collect();
     let tried: Vec<String> = tried.into_iter().collect();
     Err(missing(checkpoint, tried.join(" or ")))
 }

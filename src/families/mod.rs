@@ -53,6 +53,7 @@ mod qwen;
 mod reader;
 mod reading;
 mod step;
+mod tensors;
 mod zaya;
 static FAMILIES: &[Family] = &[
     afmoe::FAMILY,
@@ -145,7 +146,7 @@ pub struct Request {
     pub input: FloatType,
     /// Type of the output.
     pub output: FloatType,
-    /// Run-time quantisation of what FP8 experts read. An `activation_scheme` of the checkpoint is a
+    /// Run-time quantisation of what experts of FP8, INT8 or four bits read. What the checkpoint says of it is a
     /// note, not an order.
     pub activations: ActivationQuant,
 }
@@ -203,7 +204,7 @@ pub fn resolve(checkpoint: &Checkpoint, request: &Request) -> Result<Resolved> {
     let whole = |layer: usize| {
         reading.block(layer)?;
         let site = reading.site(checkpoint, &sites, layer)?;
-        let source = Source::layer(checkpoint, family.name, &family.names, site)?;
+        let source = Source::layer(checkpoint, family, reading.quantization.clone(), site)?;
         let resolved = reading.resolved(checkpoint, request, layer, source)?;
         // Reads every name, so that an absent or surplus tensor shows now.
         resolved.weights(checkpoint)?;
@@ -259,10 +260,10 @@ pub fn resolve_router(checkpoint: &Checkpoint, request: &Request) -> Result<Reso
     let layer = request.layer.or_else(first).ok_or_else(|| reading.no_layer(checkpoint))?;
     let router = reading.block(layer)?.router;
     let source = match sites.is_empty() {
-        true => Source::bare_router(checkpoint, family.name, &family.names, router)?,
+        true => Source::bare_router(checkpoint, family, reading.quantization.clone(), router)?,
         false => {
             let site = reading.site(checkpoint, &sites, layer)?;
-            Source::router_of_layer(checkpoint, family.name, &family.names, site)
+            Source::router_of_layer(checkpoint, family, reading.quantization.clone(), site)
         }
     };
     let resolved = reading.resolved(checkpoint, request, layer, source)?;

@@ -52,8 +52,6 @@ pub(super) struct Names {
     pub(super) output_bias: Spellings,
     /// Weight of the norm on the output.
     pub(super) output_norm: Spellings,
-    /// Last component of a block scale's name, in the place of `weight`.
-    pub(super) scales: Spellings,
 }
 
 /// A layer with the names that most families have: of DeepSeek-V3, Qwen, GLM and their kin.
@@ -76,7 +74,6 @@ pub(super) const MLP: Names = Names {
     latent: None,
     output_bias: &[],
     output_norm: &[],
-    scales: &["weight_scale_inv"],
 };
 
 /// One MLP, or the routed experts: a module and how its matrices are stored.

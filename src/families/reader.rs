@@ -1,18 +1,15 @@
 //! Takes matrices and vectors out of a checkpoint by name, whatever their layout, and remembers which.
 
-use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
-use super::names::{Layout, Names, Parts};
+use super::names::{Layout, Parts};
 use super::quantization::Quantization;
+use super::tensors::{Finder, Tensors};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, Unsupported};
-use crate::spec::{ExpertMlp, GateUpLayout, Orientation, ScaleFormat, WeightFormat};
-use crate::weights::{Dtype, Matrix, MlpWeights, Rows, Stored, Tensor};
-
-/// Last components of tensors that are no parameters: compressed-tensors' sizes of a packed matrix.
-const NO_PARAMETERS: [&str; 1] = ["weight_shape"];
+use crate::spec::{ActivationQuant, ExpertMlp, GateUpLayout, Orientation, ScaleFormat, WeightFormat};
+use crate::weights::{InputScales, Matrix, MlpWeights, Rows, Tensor};
 
 /// Where an MLP, or the routed experts, are.
 #[derive(Debug, Clone)]
@@ -31,13 +28,48 @@ pub(super) enum Index {
     Of(usize),
 }
 
+impl Index {
+    fn count(self) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Of(count) => count,
+        }
+    }
+
+    /// Where an MLP is in stacked tensors.
+    fn stack(self, id: usize) -> Option<(usize, usize)> {
+        match self {
+            Self::One => None,
+            Self::Of(count) => Some((id, count)),
+        }
+    }
+}
+
 impl Place {
-    /// The tensor that shows the layout, and whose dtype is that of all.
+    /// The matrix that shows the layout, and whose format is that of all.
     pub(super) fn probe(&self, index: Index) -> String {
         match self.layout {
             Layout::Each(parts) => self.each(index, 0, parts.gate.unwrap_or(parts.up), "weight"),
             Layout::Fused { gate_up, down: _, rows: _, orientation: _ } => format!("{}{gate_up}", self.path),
             Layout::Stacked(parts) | Layout::Flat(parts) => format!("{}{}", self.path, parts.up),
+        }
+    }
+
+    /// All matrices.
+    fn matrices(&self, index: Index) -> Vec<String> {
+        let three = |Parts { gate, up, down }: &Parts| gate.iter().copied().chain([*up, *down]).collect::<Vec<_>>();
+        match self.layout {
+            Layout::Each(parts) => {
+                let parts = three(parts);
+                let ids = 0..index.count();
+                ids.flat_map(|id| parts.iter().map(move |part| self.each(index, id, part, "weight"))).collect()
+            }
+            Layout::Fused { gate_up, down, rows: _, orientation: _ } => {
+                [gate_up, down].iter().map(|part| format!("{}{part}", self.path)).collect()
+            }
+            Layout::Stacked(parts) | Layout::Flat(parts) => {
+                three(parts).iter().map(|part| format!("{}{part}", self.path)).collect()
+            }
         }
     }
 
@@ -55,8 +87,11 @@ impl Place {
         checkpoint: &Checkpoint,
         [inner, width]: [usize; 2],
         index: Index,
+        plain: bool,
     ) -> Result<(GateUpLayout, Orientation)> {
         match self.layout {
+            // Quantised tensors are [out, in], also where plain ones are not (gpt-oss).
+            Layout::Fused { gate_up: _, down: _, rows, orientation: _ } if !plain => Ok((*rows, Orientation::OutIn)),
             // DBRX's `down` is [in, out] beside [out, in]; the spec's word is that of gate and up.
             Layout::Each(_) | Layout::Stacked(_) | Layout::Flat(_) => Ok((GateUpLayout::Separate, Orientation::OutIn)),
             Layout::Fused { gate_up: _, down: _, rows, orientation: Some(orientation) } => Ok((*rows, *orientation)),
@@ -80,15 +115,61 @@ impl Place {
 }
 
 /// Takes tensors and remembers which.
-pub(super) struct Reader<'a> {
+pub(super) struct Reader<'a, 'q> {
     pub(super) checkpoint: &'a Checkpoint,
-    names: &'static Names,
+    /// For messages.
+    family: &'static str,
+    quantization: Option<&'q Quantization>,
     read: RefCell<BTreeSet<String>>,
 }
 
-impl<'a> Reader<'a> {
-    pub(super) fn new(checkpoint: &'a Checkpoint, names: &'static Names) -> Self {
-        Self { checkpoint, names, read: RefCell::default() }
+/// One matrix among the tensors that hold it.
+#[derive(Debug, Clone)]
+struct View<'a> {
+    tensors: Tensors<'a>,
+    orientation: Orientation,
+    part: Rows,
+    stack: Option<(usize, usize)>,
+}
+
+/// The matrices of one MLP.
+struct Views<'a> {
+    gate: Option<View<'a>>,
+    up: View<'a>,
+    down: View<'a>,
+}
+
+impl<'a> Views<'a> {
+    fn read(Parts { gate, up, down }: &Parts, view: impl Fn(&str) -> Result<View<'a>>) -> Result<Self> {
+        Ok(Self { gate: gate.map(&view).transpose()?, up: view(up)?, down: view(down)? })
+    }
+
+    /// The same of another MLP in stacked tensors.
+    fn entry(&self, stack: Option<(usize, usize)>) -> Self {
+        let Self { gate, up, down } = self;
+        let entry = |view: &View<'a>| View { stack, ..view.clone() };
+        Self { gate: gate.as_ref().map(entry), up: entry(up), down: entry(down) }
+    }
+}
+
+/// The biases of one MLP.
+struct Biases {
+    gate: Option<Vec<f32>>,
+    up: Option<Vec<f32>>,
+    down: Option<Vec<f32>>,
+}
+
+impl Biases {
+    const NONE: Self = Self { gate: None, up: None, down: None };
+}
+
+impl<'a, 'q> Reader<'a, 'q> {
+    pub(super) fn new(
+        checkpoint: &'a Checkpoint,
+        family: &'static str,
+        quantization: Option<&'q Quantization>,
+    ) -> Self {
+        Self { checkpoint, family, quantization, read: RefCell::default() }
     }
 
     pub(super) fn tensor(&self, name: &str) -> Result<Tensor<'a>> {
@@ -102,41 +183,140 @@ impl<'a> Reader<'a> {
         self.tensor(name)?.to_finite_f32(len)
     }
 
-    /// A matrix [out, in] that has a tensor of its own.
-    pub(super) fn plain(&self, name: &str, format: WeightFormat, shape: [usize; 2]) -> Result<Matrix<'a>> {
-        let tensor = self.tensor(name)?;
-        self.matrix(&tensor, name, format, Orientation::OutIn, Rows::All, None, shape)
+    /// The tensors of a matrix, by the name that it has unquantised.
+    pub(super) fn tensors(&self, weight: &str) -> Result<Tensors<'a>> {
+        let Self { checkpoint, family, quantization, read: _ } = *self;
+        let tensors = Finder { checkpoint, family, quantization, weight }.find()?;
+        self.read.borrow_mut().extend(tensors.names().map(str::to_owned));
+        Ok(tensors)
     }
 
-    #[allow(clippy::too_many_arguments, reason = "they are the arguments of Matrix::view, with the name of the scales")]
-    fn matrix(
+    /// The tensors that show how the MLPs of a place are stored, and their format: with an order of columns if
+    /// one of the matrices has one.
+    pub(super) fn probe(&self, place: &Place, index: Index) -> Result<(Tensors<'a>, WeightFormat)> {
+        let tensors = self.tensors(&place.probe(index))?;
+        let mut format = tensors.format;
+        if tensors.has_order() && !act_order(format) {
+            for name in place.matrices(index) {
+                let other = self.tensors(&name)?.format;
+                if act_order(other) {
+                    format = other;
+                    break;
+                }
+            }
+        }
+        Ok((tensors, format))
+    }
+
+    /// A matrix [out, in] that has tensors of its own.
+    pub(super) fn plain(&self, weight: &str, format: WeightFormat, shape: [usize; 2]) -> Result<Matrix<'a>> {
+        self.matrix(&self.own(weight)?, format, shape)
+    }
+
+    fn own(&self, weight: &str) -> Result<View<'a>> {
+        let tensors = self.tensors(weight)?;
+        Ok(View { tensors, orientation: Orientation::OutIn, part: Rows::All, stack: None })
+    }
+
+    fn matrix(&self, view: &View<'a>, format: WeightFormat, shape: [usize; 2]) -> Result<Matrix<'a>> {
+        let View { tensors, orientation, part, stack } = view;
+        let both_plain = tensors.is_plain() && format.parts().blocks.is_none() && !format.parts().row_scale;
+        // Another dtype of values or scales is named where they are read.
+        let same = kind(tensors.format) == kind(format) && (act_order(format) || !act_order(tensors.format));
+        if !both_plain && !same {
+            return Err(Error::invalid(
+                tensors.codes.name.to_string(),
+                format!("weights stored as {:?}", tensors.format),
+                format!("{format:?} as the others of its kind"),
+                "the experts of a layer have to share a format, and so have gate, up and down",
+            ));
+        }
+        let [rows, cols] = shape;
+        if let Some(stored) = &tensors.shape {
+            let rows = match part {
+                Rows::All => rows,
+                Rows::Gate(layout) | Rows::Up(layout) => match layout {
+                    GateUpLayout::Separate => rows,
+                    GateUpLayout::Halves | GateUpLayout::Interleaved => 2 * rows,
+                },
+            };
+            let expected = [rows, cols];
+            let found = stored.to_i32(2)?;
+            if !found.iter().zip(expected).all(|(found, size)| usize::try_from(*found) == Ok(size)) {
+                let remedy = "check the tensor against config.json";
+                return Err(Error::invalid(
+                    stored.name.to_string(),
+                    format!("{found:?}"),
+                    format!("{expected:?}"),
+                    remedy,
+                ));
+            }
+        }
+        Matrix::view(tensors.stored(act_order(format)), format, *orientation, *part, *stack, shape)
+    }
+
+    /// What a static scheme divides the input of a matrix by.
+    fn input_scale(&self, View { tensors, orientation: _, part: _, stack }: &View<'a>) -> Result<(f32, String)> {
+        let Some(tensor) = &tensors.input_scale else {
+            return Err(missing(self.checkpoint, format!("{}: its input_scale", tensors.codes.name)));
+        };
+        let count: usize = tensor.shape.iter().product();
+        let scales = tensor.to_finite_f32(count)?;
+        let scale = match (scales.as_slice(), stack) {
+            ([one], _) => Some(*one),
+            (several, Some((id, count))) if several.len() == *count => several.get(*id).copied(),
+            (_, _) => None,
+        };
+        match scale.filter(|scale| *scale > 0.0) {
+            Some(scale) => Ok((scale, tensor.name.to_string())),
+            None => Err(Error::invalid(
+                tensor.name.to_string(),
+                scale.map_or(format!("shape {:?}", tensor.shape), |scale| scale.to_string()),
+                "one finite positive scale for an input",
+                "the checkpoint is damaged: download or convert it again",
+            )),
+        }
+    }
+
+    /// Gate and up read the same codes, so that their scales have to agree.
+    fn input_scales(&self, gate: Option<&View<'a>>, up: &View<'a>, down: &View<'a>) -> Result<InputScales> {
+        let (gate_up, name) = self.input_scale(up)?;
+        if let Some(gate) = gate {
+            let (other, other_name) = self.input_scale(gate)?;
+            if other != gate_up {
+                return Err(Error::invalid(
+                    other_name,
+                    other,
+                    format!("{gate_up}, as {name} says"),
+                    "one scale for what gate and up both read; leave activations unquantised (--activations none)",
+                ));
+            }
+        }
+        Ok(InputScales { gate_up, down: self.input_scale(down)?.0 })
+    }
+
+    /// One MLP.
+    fn mlp(
         &self,
-        weight: &Tensor<'a>,
-        name: &str,
-        format: WeightFormat,
-        orientation: Orientation,
-        part: Rows,
-        stack: Option<(usize, usize)>,
-        shape: [usize; 2],
-    ) -> Result<Matrix<'a>> {
-        let scale = match format {
-            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => None,
-            WeightFormat::Fp8Block { block: _, scale: _ }
-            | WeightFormat::Fp8Tensor
-            | WeightFormat::Fp8Channel
-            | WeightFormat::Int8Channel
-            | WeightFormat::Mxfp4
-            | WeightFormat::Nvfp4
-            | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ }
-            | WeightFormat::Q8_0
-            | WeightFormat::Q4K
-            | WeightFormat::Q6K => Some(self.tensor(&scale_name(self.checkpoint, self.names, name))?),
+        mlp: &ExpertMlp,
+        width: usize,
+        Views { gate, up, down }: Views<'a>,
+        biases: Biases,
+    ) -> Result<MlpWeights<'a>> {
+        let inner = mlp.intermediate_size;
+        let input_scales = match mlp.activation_quant {
+            ActivationQuant::None | ActivationQuant::Dynamic { code: _, span: _, rule: _, scale: _ } => None,
+            ActivationQuant::Static { code: _ } => Some(self.input_scales(gate.as_ref(), &up, &down)?),
         };
-        let stored = match &scale {
-            None => Stored::Plain(weight),
-            Some(scales) => Stored::Scaled { codes: weight, scales },
-        };
-        Matrix::view(stored, format, orientation, part, stack, shape)
+        Ok(MlpWeights {
+            gate: gate.map(|gate| self.matrix(&gate, mlp.format, [inner, width])).transpose()?,
+            up: self.matrix(&up, mlp.format, [inner, width])?,
+            down: self.matrix(&down, mlp.format, [width, inner])?,
+            gate_bias: biases.gate,
+            up_bias: biases.up,
+            down_bias: biases.down,
+            input_scales,
+        })
     }
 
     /// The MLPs of a place, which work at `width`. `outputs` may be the number of gate and up matrices instead
@@ -149,17 +329,17 @@ impl<'a> Reader<'a> {
         index: Index,
         outputs: usize,
     ) -> Result<Vec<MlpWeights<'a>>> {
-        let ids = 0..match index {
-            Index::One => 1,
-            Index::Of(count) => count,
-        };
+        let ids = 0..index.count();
         match place.layout {
             Layout::Each(parts) => ids.map(|id| self.each(place, parts, mlp, width, index, id)).collect(),
             Layout::Fused { gate_up, down, rows: _, orientation: _ } => {
                 self.fused(place, [gate_up, down], mlp, width, index, outputs)
             }
-            Layout::Stacked(parts) => ids.map(|id| self.stacked(place, parts, mlp, width, index, id)).collect(),
-            Layout::Flat(parts) => ids.map(|id| self.flat(place, parts, mlp, width, index, id)).collect(),
+            Layout::Stacked(parts) => {
+                let views = Views::read(parts, |part| self.own(&format!("{}{part}", place.path)))?;
+                ids.map(|id| self.mlp(mlp, width, views.entry(index.stack(id)), Biases::NONE)).collect()
+            }
+            Layout::Flat(parts) => self.flat(place, parts, mlp, width, index.count()),
         }
     }
 
@@ -173,20 +353,16 @@ impl<'a> Reader<'a> {
         id: usize,
     ) -> Result<MlpWeights<'a>> {
         let inner = mlp.intermediate_size;
-        let matrix =
-            |part: &str, shape: [usize; 2]| self.plain(&place.each(index, id, part, "weight"), mlp.format, shape);
+        let views = Views::read(parts, |part| self.own(&place.each(index, id, part, "weight")))?;
         let bias = |part: &str, wanted: bool, len: usize| {
             wanted.then(|| self.vector(&place.each(index, id, part, "bias"), len)).transpose()
         };
-        Ok(MlpWeights {
-            gate: parts.gate.map(|gate| matrix(gate, [inner, width])).transpose()?,
-            up: matrix(parts.up, [inner, width])?,
-            down: matrix(parts.down, [width, inner])?,
-            gate_bias: parts.gate.map_or(Ok(None), |gate| bias(gate, mlp.gate_up_bias, inner))?,
-            up_bias: bias(parts.up, mlp.gate_up_bias, inner)?,
-            down_bias: bias(parts.down, mlp.down_bias, width)?,
-            input_scales: None,
-        })
+        let biases = Biases {
+            gate: parts.gate.map_or(Ok(None), |gate| bias(gate, mlp.gate_up_bias, inner))?,
+            up: bias(parts.up, mlp.gate_up_bias, inner)?,
+            down: bias(parts.down, mlp.down_bias, width)?,
+        };
+        self.mlp(mlp, width, views, biases)
     }
 
     fn fused(
@@ -198,27 +374,11 @@ impl<'a> Reader<'a> {
         index: Index,
         outputs: usize,
     ) -> Result<Vec<MlpWeights<'a>>> {
-        let ExpertMlp {
-            intermediate_size: inner,
-            activation: _,
-            gate_up_layout: rows,
-            orientation,
-            gate_up_bias,
-            down_bias,
-            format,
-            activation_quant: _,
-        } = *mlp;
-        let count = match index {
-            Index::One => 1,
-            Index::Of(count) => count,
-        };
+        let (inner, rows, orientation) = (mlp.intermediate_size, mlp.gate_up_layout, mlp.orientation);
+        let count = index.count();
         let [gate_up, down] = [gate_up, down].map(|part| format!("{}{part}", place.path));
-        let (both, last) = (self.tensor(&gate_up)?, self.tensor(&down)?);
-        let planes = if both.shape.first() == Some(&outputs) { outputs } else { count };
-        let stack = |id: usize, count: usize| match index {
-            Index::One => None,
-            Index::Of(_) => Some((id, count)),
-        };
+        let (both, last) = (self.tensors(&gate_up)?, self.tensors(&down)?);
+        let planes = if both.codes.shape.first() == Some(&outputs) { outputs } else { count };
         let biases = |name: &str, wanted: bool, len: usize| -> Result<Option<Vec<f32>>> {
             if !wanted {
                 return Ok(None);
@@ -227,102 +387,61 @@ impl<'a> Reader<'a> {
             expect_shape(&tensor, &[count, len])?;
             tensor.to_finite_f32(count * len).map(Some)
         };
-        let gate_up_bias = biases(&gate_up, gate_up_bias, 2 * inner)?;
-        let down_bias = biases(&down, down_bias, width)?;
+        let gate_up_bias = biases(&gate_up, mlp.gate_up_bias, 2 * inner)?;
+        let down_bias = biases(&down, mlp.down_bias, width)?;
         let one = |all: &Option<Vec<f32>>, id: usize, len: usize| {
             all.as_ref().and_then(|all| all.chunks_exact(len).nth(id)).map(<[f32]>::to_vec)
         };
-        (0..count)
-            .map(|id| {
-                let (gate_bias, up_bias) = one(&gate_up_bias, id, 2 * inner).map(|both| split(&both, rows)).unzip();
-                let matrix = |tensor: &Tensor<'a>, name: &str, part: Rows, planes: usize, shape: [usize; 2]| {
-                    self.matrix(tensor, name, format, orientation, part, stack(id, planes), shape)
-                };
-                Ok(MlpWeights {
-                    gate: Some(matrix(&both, &gate_up, Rows::Gate(rows), planes, [inner, width])?),
-                    up: matrix(&both, &gate_up, Rows::Up(rows), planes, [inner, width])?,
-                    down: matrix(&last, &down, Rows::All, count, [width, inner])?,
-                    gate_bias,
-                    up_bias,
-                    down_bias: one(&down_bias, id, width),
-                    input_scales: None,
-                })
-            })
-            .collect()
-    }
-
-    fn stacked(
-        &self,
-        place: &Place,
-        parts: &Parts,
-        mlp: &ExpertMlp,
-        width: usize,
-        index: Index,
-        id: usize,
-    ) -> Result<MlpWeights<'a>> {
-        let inner = mlp.intermediate_size;
-        let stack = match index {
-            Index::One => None,
-            Index::Of(count) => Some((id, count)),
+        let of = |planes: usize| match index {
+            Index::One => Index::One,
+            Index::Of(_) => Index::Of(planes),
         };
-        let matrix = |part: &str, shape: [usize; 2]| {
-            let name = format!("{}{part}", place.path);
-            let tensor = self.tensor(&name)?;
-            self.matrix(&tensor, &name, mlp.format, Orientation::OutIn, Rows::All, stack, shape)
+        let view = |tensors: &Tensors<'a>, part, stack| View { tensors: tensors.clone(), orientation, part, stack };
+        let read = |id: usize| {
+            let (gate, up) = one(&gate_up_bias, id, 2 * inner).map(|both| split(&both, rows)).unzip();
+            let views = Views {
+                gate: Some(view(&both, Rows::Gate(rows), of(planes).stack(id))),
+                up: view(&both, Rows::Up(rows), of(planes).stack(id)),
+                down: view(&last, Rows::All, of(count).stack(id)),
+            };
+            self.mlp(mlp, width, views, Biases { gate, up, down: one(&down_bias, id, width) })
         };
-        Ok(MlpWeights {
-            gate: parts.gate.map(|gate| matrix(gate, [inner, width])).transpose()?,
-            up: matrix(parts.up, [inner, width])?,
-            down: matrix(parts.down, [width, inner])?,
-            gate_bias: None,
-            up_bias: None,
-            down_bias: None,
-            input_scales: None,
-        })
+        (0..count).map(read).collect()
     }
 
     fn flat(
         &self,
         place: &Place,
-        parts: &Parts,
+        Parts { gate, up, down }: &Parts,
         mlp: &ExpertMlp,
         width: usize,
-        index: Index,
-        id: usize,
-    ) -> Result<MlpWeights<'a>> {
+        count: usize,
+    ) -> Result<Vec<MlpWeights<'a>>> {
         let inner = mlp.intermediate_size;
-        let count = match index {
-            Index::One => 1,
-            Index::Of(count) => count,
-        };
         // [E I, H] in the same bytes as [E, I, H].
-        let matrix = |part: &str, orientation: Orientation, shape: [usize; 2]| {
-            let name = format!("{}{part}", place.path);
-            let flat = self.tensor(&name)?;
-            expect_shape(&flat, &[count.saturating_mul(inner), width])?;
-            let planes = Tensor { shape: vec![count, inner, width], name: Cow::clone(&flat.name), ..flat };
-            self.matrix(&planes, &name, mlp.format, orientation, Rows::All, Some((id, count)), shape)
+        let view = |part: &str, orientation: Orientation| -> Result<View<'a>> {
+            let mut tensors = self.tensors(&format!("{}{part}", place.path))?;
+            expect_shape(&tensors.codes, &[count.saturating_mul(inner), width])?;
+            tensors.codes.shape = vec![count, inner, width];
+            Ok(View { tensors, orientation, part: Rows::All, stack: None })
         };
-        Ok(MlpWeights {
-            gate: parts.gate.map(|gate| matrix(gate, Orientation::OutIn, [inner, width])).transpose()?,
-            up: matrix(parts.up, Orientation::OutIn, [inner, width])?,
-            down: matrix(parts.down, Orientation::InOut, [width, inner])?,
-            gate_bias: None,
-            up_bias: None,
-            down_bias: None,
-            input_scales: None,
-        })
+        let views = Views {
+            gate: gate.map(|gate| view(gate, Orientation::OutIn)).transpose()?,
+            up: view(up, Orientation::OutIn)?,
+            down: view(down, Orientation::InOut)?,
+        };
+        let read = |id: usize| self.mlp(mlp, width, views.entry(Some((id, count))), Biases::NONE);
+        (0..count).map(read).collect()
     }
 
     /// Refuses a tensor of the layer that nothing read: leaving it out would change the layer.
-    pub(super) fn all_read(&self, family: &str, owned: &[String]) -> Result<()> {
+    pub(super) fn all_read(&self, owned: &[String]) -> Result<()> {
         let read = self.read.borrow();
-        let parameter = |name: &str| name.rsplit('.').next().is_none_or(|last| !NO_PARAMETERS.contains(&last));
-        let ours = |name: &&str| owned.iter().any(|prefix| name.starts_with(prefix.as_str())) && parameter(name);
+        let ours = |name: &&str| owned.iter().any(|prefix| name.starts_with(prefix.as_str()));
         let surplus = self.checkpoint.names().filter(ours).find(|name| !read.contains(*name));
         let Some(tensor) = surplus.and_then(|name| self.checkpoint.tensor(name)) else { return Ok(()) };
         Err(Error::Unsupported(Unsupported {
-            backend: format!("family {family}").into(),
+            backend: format!("family {}", self.family).into(),
             field: tensor.name.to_string().into(),
             value: format!("{:?} {:?}", tensor.dtype, tensor.shape),
             because: "neither config.json nor the family has a use for this tensor of the layer".into(),
@@ -344,54 +463,42 @@ fn split(both: &[f32], layout: GateUpLayout) -> (Vec<f32>, Vec<f32>) {
     }
 }
 
-/// The block scales of a matrix: `NAME.weight_scale_inv` beside `NAME.weight`, `NAME_scale_inv` beside `NAME`.
-fn scale_name(checkpoint: &Checkpoint, names: &Names, weight: &str) -> String {
-    let Some(stem) = weight.strip_suffix("weight") else { return format!("{weight}_scale_inv") };
-    let full = |scale: &&str| format!("{stem}{scale}");
-    let there = names.scales.iter().map(full).find(|name| checkpoint.tensor(name).is_some());
-    there.or_else(|| names.scales.first().map(full)).unwrap_or_default()
+/// The format of tensors but for the type of their scales and the order of their columns.
+fn kind(format: WeightFormat) -> WeightFormat {
+    match format {
+        WeightFormat::Fp8Block { block, scale: _ } => WeightFormat::Fp8Block { block, scale: ScaleFormat::F32 },
+        WeightFormat::Int4 { group, scale: _, zero_points, act_order: _ } => {
+            WeightFormat::Int4 { group, scale: ScaleFormat::F32, zero_points, act_order: false }
+        }
+        WeightFormat::F32
+        | WeightFormat::F16
+        | WeightFormat::Bf16
+        | WeightFormat::Fp8Tensor
+        | WeightFormat::Fp8Channel
+        | WeightFormat::Int8Channel
+        | WeightFormat::Mxfp4
+        | WeightFormat::Nvfp4
+        | WeightFormat::Q8_0
+        | WeightFormat::Q4K
+        | WeightFormat::Q6K => format,
+    }
 }
 
-/// The format of a stored matrix: its dtype, and that of its scales.
-pub(super) fn format_of(
-    checkpoint: &Checkpoint,
-    family: &'static str,
-    names: &Names,
-    quantization: Option<&Quantization>,
-    weight: &str,
-) -> Result<WeightFormat> {
-    let find = |name: &str| checkpoint.tensor(name).ok_or_else(|| missing(checkpoint, name.to_owned()));
-    let unsupported = |tensor: &Tensor<'_>, because: &'static str| {
-        Error::Unsupported(Unsupported {
-            backend: format!("family {family}").into(),
-            field: format!("{}.dtype", tensor.name).into(),
-            value: format!("{:?}", tensor.dtype),
-            because: because.into(),
-        })
-    };
-    let tensor = find(weight)?;
-    match tensor.dtype {
-        Dtype::F32 => Ok(WeightFormat::F32),
-        Dtype::F16 => Ok(WeightFormat::F16),
-        Dtype::BF16 => Ok(WeightFormat::Bf16),
-        Dtype::F8_E4M3 => {
-            let Some(quantization) = quantization else {
-                return Err(Error::invalid(
-                    weight.to_owned(),
-                    "F8_E4M3 weights and no quantization_config",
-                    "a quantization_config that says how they are scaled",
-                    "add the model's quantization_config to config.json",
-                ));
-            };
-            let scales = find(&scale_name(checkpoint, names, weight))?;
-            let scale = match scales.dtype {
-                Dtype::F32 => ScaleFormat::F32,
-                Dtype::F8_E8M0 => ScaleFormat::E8m0,
-                _ => return Err(unsupported(&scales, "block scales are F32 or F8_E8M0")),
-            };
-            Ok(WeightFormat::Fp8Block { block: quantization.block, scale })
-        }
-        _ => Err(unsupported(&tensor, "weights are F32, F16, BF16 or F8_E4M3")),
+fn act_order(format: WeightFormat) -> bool {
+    match format {
+        WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order } => act_order,
+        WeightFormat::F32
+        | WeightFormat::F16
+        | WeightFormat::Bf16
+        | WeightFormat::Fp8Block { block: _, scale: _ }
+        | WeightFormat::Fp8Tensor
+        | WeightFormat::Fp8Channel
+        | WeightFormat::Int8Channel
+        | WeightFormat::Mxfp4
+        | WeightFormat::Nvfp4
+        | WeightFormat::Q8_0
+        | WeightFormat::Q4K
+        | WeightFormat::Q6K => false,
     }
 }
 

@@ -13,8 +13,8 @@ use super::{FAMILIES, Request, Resolved, irrelevant};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, Unsupported};
 use crate::spec::{
-    ActivationQuant, ActivationScale, Entry, ExpertMlp, Latent, MoeSpec, NanPolicy, Placement, Precision, Router,
-    Routing, RoutingMethod, SharedExperts, SharedGate, TensorShard, WeightFormat,
+    ActivationCode, ActivationQuant, ActivationScale, Entry, ExpertMlp, Latent, MoeSpec, NanPolicy, Placement,
+    Precision, Router, Routing, RoutingMethod, SharedExperts, SharedGate, TensorShard, WeightFormat,
 };
 
 /// A `config.json` that was read.
@@ -22,7 +22,7 @@ pub(super) struct Reading {
     pub(super) family: &'static Family,
     pub(super) model: Model,
     model_type: String,
-    quantization: Option<Quantization>,
+    pub(super) quantization: Option<Quantization>,
     unknown_keys: Vec<String>,
     notes: Vec<String>,
 }
@@ -31,8 +31,8 @@ impl Reading {
     pub(super) fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let text = TextConfig::of(checkpoint.config())?;
         let (family, model_type) = find_family(&text)?;
-        let (quantization, unknown_quantization) = Quantization::read(family.name, &text)?;
         let config = Config::new(family.name, text.path, text.text);
+        let (quantization, unknown_quantization) = Quantization::read(family.name, &text, &config)?;
         config.get("model_type");
         config.get("quantization_config");
         let model = (family.read)(&config)?;
@@ -128,7 +128,7 @@ impl Reading {
         source: Source,
     ) -> Result<Resolved> {
         let block = self.block(layer)?;
-        let stored = source.stored(checkpoint, self.quantization.as_ref(), block)?;
+        let stored = source.stored(checkpoint, block)?;
         let mut notes = self.notes.clone();
         let activations = match source.is_router_only() {
             true => (ActivationQuant::None, ActivationQuant::None),
@@ -163,64 +163,130 @@ impl Reading {
         stored: &Stored,
         notes: &mut Vec<String>,
     ) -> Result<(ActivationQuant, ActivationQuant)> {
-        let fp8 = |format: WeightFormat| match format {
-            WeightFormat::Fp8Block { block: _, scale: _ } | WeightFormat::Fp8Tensor | WeightFormat::Fp8Channel => true,
-            WeightFormat::F32
-            | WeightFormat::F16
-            | WeightFormat::Bf16
-            | WeightFormat::Int8Channel
-            | WeightFormat::Mxfp4
+        let experts = &stored.experts;
+        if let Some(quantization) = &self.quantization {
+            self.agree(quantization, experts.format, notes)?;
+        }
+        let scheme = self.quantization.as_ref().and_then(|quantization| quantization.activations.clone());
+        let scale_fmt = self.quantization.as_ref().and_then(|quantization| quantization.scale_fmt);
+        let wanted = request.activations;
+        let scale = match wanted {
+            ActivationQuant::None => {
+                let scheme = scheme.or_else(|| experts.input_scales.then(|| "input_scale".to_owned()));
+                notes.extend(scheme.map(|scheme| {
+                    format!(
+                        "{scheme} of the checkpoint is not applied: \
+                         activations stay unquantised (--activations none)"
+                    )
+                }));
+                return Ok((ActivationQuant::None, ActivationQuant::None));
+            }
+            ActivationQuant::Dynamic { code: _, span: _, rule: _, scale } => Some(scale),
+            ActivationQuant::Static { code: _ } => None,
+        };
+        if let Some(because) = refusal(wanted, experts) {
+            return Err(self.unsupported_activations(wanted, format!("the experts are stored as {because}")));
+        }
+        match (scale_fmt, scale) {
+            (Some(fmt), Some(ActivationScale::F32)) => notes.push(format!(
+                "scale_fmt = {fmt} of the checkpoint is not applied to activations: their scales stay f32"
+            )),
+            (Some(_) | None, None)
+            | (None, Some(ActivationScale::F32))
+            | (Some(_) | None, Some(ActivationScale::F32CeilPow2 | ActivationScale::Ue8m0Packed)) => {}
+        }
+        let shared = match stored.shared.as_ref().and_then(|shared| Some((shared, refusal(wanted, shared)?))) {
+            // Its scales are missing, which is no reason to do without.
+            Some((shared, because)) if !shared.plain && scale.is_none() => {
+                let because = format!("the shared expert is stored as {because}");
+                return Err(self.unsupported_activations(wanted, because));
+            }
+            Some((_, because)) => {
+                notes.push(format!("the shared expert is stored as {because}: what it reads stays unquantised"));
+                ActivationQuant::None
+            }
+            None => wanted,
+        };
+        Ok((wanted, shared))
+    }
+
+    /// Refuses experts that are quantised in another way than `expert_dtype` says. That they are not quantised
+    /// at all is a note: their dtype says it.
+    fn agree(&self, quantization: &Quantization, experts: WeightFormat, notes: &mut Vec<String>) -> Result<()> {
+        let Quantization { method, schemes: _, activations: _, scale_fmt: _, expert_dtype } = quantization;
+        let stored = match experts {
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => {
+                notes.push(format!("quantization_config says {method}, the experts are stored as {experts:?}"));
+                return Ok(());
+            }
+            WeightFormat::Fp8Block { block: _, scale: _ } | WeightFormat::Fp8Tensor | WeightFormat::Fp8Channel => "fp8",
+            WeightFormat::Mxfp4 => "fp4",
+            WeightFormat::Int8Channel
             | WeightFormat::Nvfp4
             | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ }
             | WeightFormat::Q8_0
             | WeightFormat::Q4K
-            | WeightFormat::Q6K => false,
+            | WeightFormat::Q6K => "neither",
         };
-        let experts = stored.experts.format;
-        let scheme = self.quantization.as_ref().and_then(|quantization| quantization.activation_scheme);
-        let scale_fmt = self.quantization.as_ref().and_then(|quantization| quantization.scale_fmt);
-        if self.quantization.is_some() && !fp8(experts) {
-            notes.push(format!("quantization_config says fp8, the experts are stored as {experts:?}"));
-        }
-        match request.activations {
-            ActivationQuant::None => {
-                notes.extend(scheme.map(|scheme| {
-                    format!(
-                        "activation_scheme = {scheme} of the checkpoint is not applied: \
-                         activations stay unquantised (--activations none)"
-                    )
-                }));
-                Ok((ActivationQuant::None, ActivationQuant::None))
-            }
-            wanted @ ActivationQuant::Static { code: _ } => {
-                Err(self.unsupported_activations(wanted, "no family reads static scales".into()))
-            }
-            wanted @ ActivationQuant::Dynamic { code: _, span: _, rule: _, scale } => {
-                if !fp8(experts) {
-                    let because = format!("the experts are stored as {experts:?}, not as FP8");
-                    return Err(self.unsupported_activations(wanted, because));
-                }
-                match (scale_fmt, scale) {
-                    (Some(fmt), ActivationScale::F32) => notes.push(format!(
-                        "scale_fmt = {fmt} of the checkpoint is not applied to activations: their scales stay f32"
-                    )),
-                    (None, ActivationScale::F32)
-                    | (Some(_) | None, ActivationScale::F32CeilPow2 | ActivationScale::Ue8m0Packed) => {}
-                }
-                let shared = match &stored.shared {
-                    Some(shared) if !fp8(shared.format) => {
-                        notes.push(format!(
-                            "the shared expert is stored as {:?}: what it reads stays unquantised",
-                            shared.format
-                        ));
-                        ActivationQuant::None
-                    }
-                    Some(_) | None => wanted,
-                };
-                Ok((wanted, shared))
-            }
+        match expert_dtype {
+            Some(dtype) if *dtype != stored => Err(Error::invalid(
+                "expert_dtype",
+                format!("{dtype}, with experts stored as {experts:?}"),
+                "what the experts are stored as",
+                "correct expert_dtype in config.json, or download the checkpoint again",
+            )),
+            Some(_) | None => Ok(()),
         }
     }
+}
+
+/// Why the codes of activations cannot meet weights that are stored in this way: how they are, and what is missing.
+fn refusal(wanted: ActivationQuant, stored: &StoredMlp) -> Option<String> {
+    let (fp8, int8, four_bits) = match stored.format {
+        WeightFormat::Fp8Block { block: _, scale: _ } | WeightFormat::Fp8Tensor | WeightFormat::Fp8Channel => {
+            (true, false, false)
+        }
+        WeightFormat::Int8Channel => (false, true, false),
+        WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: false } => (false, false, true),
+        WeightFormat::Mxfp4 | WeightFormat::Nvfp4 => (false, false, true),
+        WeightFormat::F32
+        | WeightFormat::F16
+        | WeightFormat::Bf16
+        | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: true }
+        | WeightFormat::Q8_0
+        | WeightFormat::Q4K
+        | WeightFormat::Q6K => (false, false, false),
+    };
+    let floats = match stored.format {
+        WeightFormat::Mxfp4 | WeightFormat::Nvfp4 => true,
+        WeightFormat::F32
+        | WeightFormat::F16
+        | WeightFormat::Bf16
+        | WeightFormat::Fp8Block { block: _, scale: _ }
+        | WeightFormat::Fp8Tensor
+        | WeightFormat::Fp8Channel
+        | WeightFormat::Int8Channel
+        | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ }
+        | WeightFormat::Q8_0
+        | WeightFormat::Q4K
+        | WeightFormat::Q6K => false,
+    };
+    let (meets, needs) = match wanted {
+        ActivationQuant::None => return None,
+        ActivationQuant::Dynamic { code: ActivationCode::E4m3, span: _, rule: _, scale: _ } => {
+            (fp8 || four_bits, "FP8 codes need weights of FP8, FP4 or, without an order of columns, INT4")
+        }
+        ActivationQuant::Dynamic { code: ActivationCode::Int8, span: _, rule: _, scale: _ } => {
+            (int8 || (four_bits && !floats), "INT8 codes need weights of INT8 or, without an order of columns, INT4")
+        }
+        ActivationQuant::Static { code: ActivationCode::E4m3 } => {
+            (fp8 && stored.input_scales, "static FP8 codes need FP8 weights with an input_scale")
+        }
+        ActivationQuant::Static { code: ActivationCode::Int8 } => {
+            (int8 && stored.input_scales, "static INT8 codes need INT8 weights with an input_scale")
+        }
+    };
+    (!meets).then(|| format!("{:?}; {needs}", stored.format))
 }
 
 /// The spec of a block as it is stored.

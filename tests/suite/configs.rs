@@ -46,18 +46,14 @@ fn unknown_values_are_refused_by_name() {
         ("deepseek_v4_topk", "hidden_act", json!("gelu")),
         ("deepseek_v4_topk", "scoring_func", json!("sigmoid")),
         ("deepseek_v4_topk", "topk_method", json!("group_limited_greedy")),
-        ("deepseek_v4_topk", "expert_dtype", json!("fp4")),
+        ("deepseek_v4_topk", "expert_dtype", json!("fp6")),
         ("deepseek_v4_topk", "mlp_bias", json!(true)),
-        ("deepseek_v3", "quantization_config.quant_method", json!("awq")),
-        ("fp8_deepseek_v3", "quantization_config.quant_method", json!("gptq")),
+        ("deepseek_v3", "quantization_config.quant_method", json!("quark")),
+        ("fp8_deepseek_v3", "quantization_config.quant_method", json!("bitsandbytes")),
         ("fp8_deepseek_v3", "quantization_config.fmt", json!("e5m2")),
-        ("fp8_deepseek_v3", "quantization_config.weight_block_size", json!([64, 128])),
-        ("fp8_deepseek_v3", "quantization_config.weight_block_size", json!([32, 32])),
-        ("fp8_deepseek_v3", "quantization_config.weight_block_size", json!(128)),
-        ("fp8_deepseek_v3", "quantization_config.weight_block_size", json!(null)),
-        ("fp8_deepseek_v3", "quantization_config.activation_scheme", json!("static")),
+        ("fp8_deepseek_v3", "quantization_config.activation_scheme", json!("sometimes")),
         ("fp8_deepseek_v3", "quantization_config.scale_fmt", json!("e4m3")),
-        ("fp8_deepseek_v3", "quantization_config.expert_dtype", json!("fp4")),
+        ("fp8_deepseek_v3", "quantization_config.expert_dtype", json!("fp6")),
     ];
     for (case, field, value) in cases {
         let mut sample = Sample::golden(case);
@@ -80,9 +76,10 @@ fn unknown_values_are_refused_by_name() {
     let sample =
         Sample::golden("deepseek_v4_topk").set("mlp_layer_types", json!(["moe", "dense", "moe", "moe", "moe", "moe"]));
     says(&sample.refusal(), &["family deepseek_v4", "mlp_layer_types", "\"dense\"", "hash_moe or moe"]);
+    // Without blocks there is a scale for a matrix or for each of its rows.
     let mut sample = Sample::golden("fp8_deepseek_v3");
     sample.config["quantization_config"].as_object_mut().unwrap().shift_remove("weight_block_size");
-    says(&sample.refusal(), &["quantization_config.weight_block_size = null", "[128, 128]"]);
+    says(&sample.refusal(), &["weight_scale_inv", "[1, 2]", "Fp8Tensor, Fp8Channel"]);
 }
 
 #[test]

@@ -314,7 +314,8 @@ fn a_tensor_of_the_wrong_shape_is_named() {
 fn a_tensor_of_the_wrong_dtype_is_named() {
     for (name, dtype, expected) in [
         ("experts.3.up_proj.weight", Dtype::F16, "expected BF16"),
-        ("experts.0.up_proj.weight", Dtype::F8_E4M3, "expected BF16"),
+        ("experts.0.up_proj.weight", Dtype::F8_E4M3, "expected a quantization_config"),
+        ("experts.0.gate_proj.weight", Dtype::I8, "expected a quantization_config"),
         ("gate.e_score_correction_bias", Dtype::I32, "expected F32, BF16 or F16"),
     ] {
         let shape = if name.starts_with("gate") { vec![12] } else { vec![48, 128] };
@@ -322,7 +323,7 @@ fn a_tensor_of_the_wrong_dtype_is_named() {
         invalid(&error, &[name, &format!("found {dtype:?}"), expected]);
     }
     for (name, dtype, shape) in [
-        ("experts.0.gate_proj.weight", Dtype::I8, [48, 128]),
+        ("experts.0.gate_proj.weight", Dtype::I16, [48, 128]),
         ("gate.weight", Dtype::F64, [12, 128]),
         ("shared_experts.gate_proj.weight", Dtype::F8_E5M2, [48, 128]),
     ] {
@@ -331,8 +332,8 @@ fn a_tensor_of_the_wrong_dtype_is_named() {
         says(&error.to_string(), &["family deepseek_v3", name, &format!("{dtype:?}"), "F8_E4M3"]);
     }
     let scale = format!("{V3}experts.0.gate_proj.weight_scale_inv");
-    let error = replaced("fp8_deepseek_v3", &scale, Dtype::BF16, &[1, 2]);
-    says(&error.to_string(), &[&scale, "BF16", "F32 or F8_E8M0"]);
+    let error = replaced("fp8_deepseek_v3", &scale, Dtype::I32, &[1, 2]);
+    says(&error.to_string(), &[&scale, "I32", "scales are F32", "F8_E8M0"]);
     let scale = format!("{V3}experts.1.gate_proj.weight_scale_inv");
     invalid(&replaced("fp8_deepseek_v3", &scale, Dtype::F8_E8M0, &[1, 2]), &[&scale, "F8_E8M0", "F32"]);
 }
@@ -428,7 +429,8 @@ fn tiny() -> Sample {
         for (part, shape) in [("gate_proj", [3, 2]), ("up_proj", [3, 2]), ("down_proj", [2, 3])] {
             let name = format!("{V3}{module}.{part}.weight");
             sample = sample.zeros(&name, Dtype::F8_E4M3, &shape);
-            sample = sample.zeros(&format!("{name}_scale_inv"), Dtype::F32, &[1, 1]);
+            let scale = Stored { dtype: Dtype::F32, shape: vec![1, 1], bytes: 1_f32.to_le_bytes().to_vec() };
+            sample.tensors.insert(format!("{name}_scale_inv"), scale);
         }
     }
     sample

@@ -265,7 +265,7 @@ fn a_tensor_without_a_use_is_refused() {
 }
 
 #[test]
-fn only_fp8_experts_take_quantised_activations() {
+fn experts_take_quantised_activations_if_they_are_quantised() {
     let quantised = |scale| ActivationQuant::dynamic_fp8(128, scale);
     let wanted = quantised(ActivationScale::F32);
     let request = Request { activations: wanted, ..ANY };

@@ -16,12 +16,4 @@ mod limits;
 mod lockstep;
 mod matrix;
 mod packing;
-mod quantising;
-mod random;
-mod rig;
-mod routing;
-mod samples;
-mod scalars;
-#[cfg(feature = "cli")]
-mod tool;
-mod witnesses;
+mod quantised;

@@ -105,7 +105,9 @@ struct RunOptions {
     /// Seed of the random tokens.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Run-time quantisation of what FP8 experts read: none, dynamic or dynamic-ue8m0.
+    /// Run-time quantisation of what quantised experts read: none; FP8 codes with scales of 128 columns
+    /// (dynamic, dynamic-ue8m0 with powers of two), of 64 (dynamic-64), of a row (token), of a call (tensor) or of
+    /// the checkpoint (static); INT8 codes with scales of a row (int8).
     #[arg(long, value_name = "SCHEME", default_value = "none")]
     activations: String,
     /// First look at every weight, and fail with the names of tensors that hold NaN or infinities.

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::path::Path;
 
 use moewe::families::Request;
-use moewe::spec::{ActivationQuant, ActivationScale, FloatType};
+use moewe::spec::{ActivationCode, ActivationQuant, ActivationScale, FloatType, ScaleRule, ScaleSpan};
 use moewe::{Checkpoint, Error, Result, Unsupported};
 use serde_json::Value;
 
@@ -33,14 +33,27 @@ pub fn request(checkpoint: &Checkpoint, layer: Option<usize>, activations: &str)
     Ok(Request { layer, input, output, activations: activation_quant(activations)? })
 }
 
-/// `--activations`. Groups of 128 columns, as every published block-FP8 model has.
+/// `--activations`. Groups of 128 columns, as every published block-FP8 model has, unless it says another.
 fn activation_quant(value: &str) -> Result<ActivationQuant> {
-    let dynamic = |scale| ActivationQuant::dynamic_fp8(128, scale);
+    let group = |columns, scale| ActivationQuant::dynamic_fp8(columns, scale);
+    let whole = |code, span| {
+        let (rule, scale) = (ScaleRule::FlooredAmax, ActivationScale::F32);
+        ActivationQuant::Dynamic { code, span, rule, scale }
+    };
     match value {
         "none" => Ok(ActivationQuant::None),
-        "dynamic" => Ok(dynamic(ActivationScale::F32)),
-        "dynamic-ue8m0" => Ok(dynamic(ActivationScale::F32CeilPow2)),
-        other => Err(unsupported("--activations", other, "there are none, dynamic and dynamic-ue8m0")),
+        "dynamic" => Ok(group(128, ActivationScale::F32)),
+        "dynamic-ue8m0" => Ok(group(128, ActivationScale::F32CeilPow2)),
+        "dynamic-64" => Ok(group(64, ActivationScale::F32)),
+        "token" => Ok(whole(ActivationCode::E4m3, ScaleSpan::Token)),
+        "tensor" => Ok(whole(ActivationCode::E4m3, ScaleSpan::Tensor)),
+        "int8" => Ok(whole(ActivationCode::Int8, ScaleSpan::Token)),
+        "static" => Ok(ActivationQuant::Static { code: ActivationCode::E4m3 }),
+        other => Err(unsupported(
+            "--activations",
+            other,
+            "there are none, dynamic, dynamic-ue8m0, dynamic-64, token, tensor, int8 and static",
+        )),
     }
 }
 

@@ -190,11 +190,24 @@ fn activations_are_quantised_only_on_demand() {
     let (none, code) = report(Some(text(&fp8)), "cpu", &["--tokens", "2"]);
     says(&none["notes"].to_string(), &["activation_scheme", "not applied"]);
     assert_eq!((code, &none["spec"]["experts.activation_quant"]), (0, &json!("None")));
-    for scheme in ["dynamic", "dynamic-ue8m0"] {
+    for (scheme, parts) in [
+        ("dynamic", ["Group(128)", "F32"]),
+        ("dynamic-ue8m0", ["Group(128)", "F32CeilPow2"]),
+        ("dynamic-64", ["Group(64)", "F32"]),
+        ("token", ["Token", "F32"]),
+        ("tensor", ["Tensor", "F32"]),
+    ] {
         let (dynamic, code) = report(Some(text(&fp8)), "cpu", &["--activations", scheme]);
         assert_eq!(code, 3);
         says(dynamic["reason"].as_str().unwrap(), &["activation_quant"]);
-        says(dynamic["spec"]["experts.activation_quant"].as_str().unwrap(), &["Dynamic"]);
+        let said = dynamic["spec"]["experts.activation_quant"].as_str().unwrap();
+        says(said, &["Dynamic", "E4m3"]);
+        says(said, &parts);
+    }
+    for (scheme, parts) in [("int8", ["INT8 codes", "Fp8Block"]), ("static", ["input_scale", "Fp8Block"])] {
+        let (refused, code) = report(Some(text(&fp8)), "cpu", &["--activations", scheme]);
+        assert_eq!(code, 3);
+        says(refused["reason"].as_str().unwrap(), &parts);
     }
 }
 

@@ -11,7 +11,7 @@ use crate::samples::{golden, says};
 
 /// Cases that pass on every backend. What is not here is unsupported, and nothing fails.
 /// Kinds whose cases all pass.
-const PASSING: [&str; 2] = ["float", "routing"];
+const PASSING: [&str; 6] = ["float", "routing", "mxfp4", "fp4_e8m0", "int4_compressed_tensors", "nvfp4"];
 /// Cases of which some expected outputs pass and the others cannot be computed yet.
 const PARTIAL: [&str; 2] = ["fp8_deepseek_v3", "fp8_qwen3_moe_ue8m0"];
 const KEYS: [&str; 11] = [
