@@ -17,3 +17,12 @@ mod lockstep;
 mod matrix;
 mod packing;
 mod quantised;
+mod quantising;
+mod random;
+mod rig;
+mod routing;
+mod samples;
+mod scalars;
+#[cfg(feature = "cli")]
+mod tool;
+mod witnesses;
