@@ -32,8 +32,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Once per layer: compile and upload. What the backend lacks is an error here, never later.
     let max_tokens = 4;
     let backend = Wgpu::new(device.clone(), queue.clone());
-    let options =
-        Options { segment_bytes: None, decode_tokens: moewe::schedule::DECODE_TOKENS, fuse_quantization: true };
+    let options = Options {
+        segment_bytes: None,
+        decode_tokens: moewe::schedule::DECODE_TOKENS,
+        fuse_quantization: true,
+        diagnostics: false,
+    };
     let plan = Plan::new(backend.clone(), spec, &weights, max_tokens, &options)?;
     let scratch = Scratch::new(&backend, &plan.scratch_layout())?;
 

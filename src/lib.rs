@@ -37,7 +37,7 @@
 //!
 //! // Once a layer.
 //! let (backend, tokens) = (Cpu::new(), 3);
-//! let options = Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true };
+//! let options = Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true, diagnostics: false };
 //! let plan = Plan::new(backend, spec, &weights, tokens, &options)?;
 //! let scratch = Scratch::new(&backend, &plan.scratch_layout())?;
 //!

@@ -4,6 +4,7 @@
 //! compiles, [`Operation::run`] is what the `cpu` backend runs. Both come from the same fields.
 
 pub mod combine;
+pub mod diagnose;
 pub mod grouped_gemm;
 pub mod norm;
 pub mod pack;
@@ -18,6 +19,7 @@ use crate::numerics;
 use crate::spec::FloatType;
 
 pub use combine::Combine;
+pub use diagnose::{Counted, Diagnose};
 pub use grouped_gemm::{Activated, Epilogue, GemmVariant, GroupedGemm, RowSource, RowValues};
 pub use norm::{Norm, NormScale};
 pub use permute::Permute;
@@ -37,6 +39,8 @@ pub enum Stage {
     Permute,
     /// Rows to codes and scales, alone or behind the activation.
     Quantize,
+    /// Counts that explain accuracy.
+    Diagnose,
     /// Weighted sum over slots.
     Combine,
 }
@@ -50,6 +54,7 @@ impl Stage {
             Self::TopkRouting => "topk_routing",
             Self::Permute => "permute",
             Self::Quantize => "quantize",
+            Self::Diagnose => "diagnose",
             Self::Combine => "combine",
         }
     }
@@ -70,6 +75,8 @@ pub enum Operation {
     Quantize(Quantize),
     /// See [`Amax`].
     Amax(Amax),
+    /// See [`Diagnose`].
+    Diagnose(Diagnose),
     /// See [`Combine`].
     Combine(Combine),
 }
@@ -83,6 +90,7 @@ impl Operation {
             Self::TopkRouting(_) => Stage::TopkRouting,
             Self::Permute(_) => Stage::Permute,
             Self::Quantize(_) | Self::Amax(_) => Stage::Quantize,
+            Self::Diagnose(_) => Stage::Diagnose,
             Self::Combine(_) => Stage::Combine,
         }
     }
@@ -96,6 +104,7 @@ impl Operation {
             Self::Permute(kernel) => kernel.source(),
             Self::Quantize(kernel) => kernel.source(),
             Self::Amax(kernel) => kernel.source(),
+            Self::Diagnose(kernel) => kernel.source(),
             Self::Combine(kernel) => kernel.source(),
         }
     }
@@ -106,7 +115,12 @@ impl Operation {
             Self::TopkRouting(kernel) => kernel.workgroup_bytes(),
             Self::Permute(kernel) => kernel.workgroup_bytes(),
             // Fixed, 12 KiB at most; the contracts test measures them.
-            Self::GroupedGemm(_) | Self::Norm(_) | Self::Combine(_) | Self::Quantize(_) | Self::Amax(_) => 0,
+            Self::GroupedGemm(_)
+            | Self::Norm(_)
+            | Self::Combine(_)
+            | Self::Quantize(_)
+            | Self::Amax(_)
+            | Self::Diagnose(_) => 0,
         }
     }
 
@@ -122,6 +136,7 @@ impl Operation {
             Self::Permute(kernel) => kernel.run(arguments),
             Self::Quantize(kernel) => kernel.run(arguments),
             Self::Amax(kernel) => kernel.run(arguments),
+            Self::Diagnose(kernel) => kernel.run(arguments),
             Self::Combine(kernel) => kernel.run(arguments),
         }
     }
@@ -136,6 +151,8 @@ pub enum Access {
     Read,
     /// `var<storage, read_write>`, written only.
     Write,
+    /// `var<storage, read_write>`, read and written.
+    ReadWrite,
 }
 
 /// A binding as a kernel declares it. Its position in the list is its number.
@@ -158,6 +175,10 @@ const fn read(name: &'static str, element: &'static str) -> Binding {
 
 const fn write(name: &'static str, element: &'static str) -> Binding {
     Binding { name, element, access: Access::Write }
+}
+
+const fn read_write(name: &'static str, element: &'static str) -> Binding {
+    Binding { name, element, access: Access::ReadWrite }
 }
 
 /// A constant of the generated prelude.
@@ -214,7 +235,7 @@ impl Source {
             let space = match access {
                 Access::Uniform => "uniform",
                 Access::Read => "storage, read",
-                Access::Write => "storage, read_write",
+                Access::Write | Access::ReadWrite => "storage, read_write",
             };
             let _ = writeln!(text, "@group(0) @binding({number}) var<{space}> {name}: {element};");
         }
@@ -322,6 +343,11 @@ impl<'a> Arguments<'a> {
                 Slot::Read(_) | Slot::Write(_) => None,
             })
             .ok_or_else(|| Self::lacks(name))
+    }
+
+    /// Tokens before this chunk.
+    fn first_token(&self) -> Result<u32> {
+        self.read(PARAMS.name)?.get(1).copied().ok_or_else(|| Self::lacks(PARAMS.name))
     }
 
     /// Tokens of this chunk: twin of `token_count` in shaders/fragments/params.wgsl.

@@ -31,6 +31,8 @@ pub struct Options {
     pub decode_tokens: usize,
     /// Whether an activation and the quantisation behind it are one step where that means the same.
     pub fuse_quantization: bool,
+    /// Whether steps that count what explains accuracy are planned; see [`Diagnostics`]. They change no result.
+    pub diagnostics: bool,
 }
 
 /// Up to this many tokens most experts that are touched are touched by one row, so a tile of 64
@@ -55,6 +57,40 @@ pub struct Schedule {
     /// What `lower` chose where it had a choice of equal meaning, and the condition that decided.
     pub decisions: Vec<Decision>,
 }
+
+/// The buffer of counters, which is scratch.
+pub const DIAGNOSTICS: &str = "diagnostics";
+
+/// What one call counted, over all its tokens; [`Schedule::diagnostics`] reads it from the buffer [`DIAGNOSTICS`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Diagnostics {
+    /// Logits that are NaN or infinite.
+    pub non_finite_logits: u32,
+    /// Of the routed experts.
+    pub experts: MlpDiagnostics,
+    /// Of the shared experts.
+    pub shared: MlpDiagnostics,
+    /// Values of the output that overflowed its type: that are infinite.
+    pub infinite_outputs: u32,
+    /// Rows of each expert.
+    pub load: Vec<u32>,
+}
+
+/// Counts of the routed or the shared experts; 0 for what the spec has not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MlpDiagnostics {
+    /// Values of gate that the limit changed.
+    pub clamped_gate: u32,
+    /// Values of up that it changed.
+    pub clamped_up: u32,
+    /// Codes of the rows that enter, at the end of their range: with a dynamic scale the largest of each span is.
+    pub saturated_input: u32,
+    /// Likewise of what the second GEMM reads.
+    pub saturated_hidden: u32,
+}
+
+/// Counters before those of the load.
+pub(crate) const LOAD_SLOT: usize = 10;
 
 /// A choice between ways that mean the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -278,6 +314,24 @@ impl Schedule {
     /// Bytes of scratch.
     pub fn scratch_bytes(&self) -> u64 {
         self.buffers.iter().filter(|buffer| buffer.contents.is_scratch()).map(|buffer| buffer.bytes).sum()
+    }
+
+    /// The counters, from the words of the buffer [`DIAGNOSTICS`]; `None` if the words are no such buffer.
+    pub fn diagnostics(words: &[u32]) -> Option<Diagnostics> {
+        let (counters, load) = words.split_at_checked(LOAD_SLOT)?;
+        let mlp = |first: usize| MlpDiagnostics {
+            clamped_gate: counters[first],
+            clamped_up: counters[first + 1],
+            saturated_input: counters[first + 2],
+            saturated_hidden: counters[first + 3],
+        };
+        Some(Diagnostics {
+            non_finite_logits: counters[0],
+            infinite_outputs: counters[1],
+            experts: mlp(2),
+            shared: mlp(6),
+            load: load.to_vec(),
+        })
     }
 
     /// The bucket for a chunk of `tokens`.

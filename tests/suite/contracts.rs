@@ -21,7 +21,8 @@ fn kernels() -> BTreeMap<String, Source> {
     let mut shapes = BTreeSet::new();
     let random = (0..400).map(|seed| random_spec(&mut Rng::with_seed(seed)));
     for spec in specs(200).into_iter().chain(random) {
-        for options in [GEMV, TILED] {
+        for (base, diagnostics) in [(GEMV, false), (TILED, true)] {
+            let options = moewe::Options { diagnostics, ..base };
             let schedule = lower(&spec, Scope::Layer, 64, &facts, &options).unwrap();
             for step in schedule.buckets.iter().flat_map(|bucket| &bucket.steps) {
                 let source = step.operation.source();
@@ -110,6 +111,7 @@ fn every_binding_is_used_as_its_contract_says() {
             let expected = match contract.access {
                 Access::Uniform | Access::Read => GlobalUse::READ,
                 Access::Write => GlobalUse::WRITE,
+                Access::ReadWrite => GlobalUse::READ | GlobalUse::WRITE,
             };
             let used = entry[handle] & (GlobalUse::READ | GlobalUse::WRITE);
             assert_eq!(used, expected, "{}: {}", source.kernel(), contract.name);

@@ -233,7 +233,12 @@ fn weights_may_be_cut_into_segments_of_any_size() {
         let layer = RandomLayer::new(spec.clone(), 2);
         for segment_bytes in [512, 1000, 4096, 64 << 10] {
             for decode_tokens in [0, usize::MAX] {
-                let options = Options { segment_bytes: Some(segment_bytes), decode_tokens, fuse_quantization: true };
+                let options = Options {
+                    segment_bytes: Some(segment_bytes),
+                    decode_tokens,
+                    fuse_quantization: true,
+                    diagnostics: false,
+                };
                 check(&layer, 70, &options, &format!("{segment_bytes} bytes, {format:?}"));
             }
         }
@@ -247,7 +252,8 @@ fn an_expert_may_be_cut_between_segments_at_a_tile() {
     spec.experts.intermediate_size = 150;
     for decode_tokens in [0, usize::MAX] {
         // A segment holds 127 rows, of which the cut takes 64: the rest must begin another segment.
-        let options = Options { segment_bytes: Some(64 << 10), decode_tokens, fuse_quantization: true };
+        let options =
+            Options { segment_bytes: Some(64 << 10), decode_tokens, fuse_quantization: true, diagnostics: false };
         check(&RandomLayer::new(spec.clone(), 2), 20, &options, "64 KiB");
     }
 }
@@ -368,7 +374,8 @@ fn supports_says_what_planning_says() {
             _ => {}
         }
         let layer = RandomLayer::new(spec, seed as u64);
-        let options = Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true };
+        let options =
+            Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true, diagnostics: false };
         let word = |result: moewe::Result<()>| result.map_err(|error| error.to_string());
         let early = word(moewe::supports(&moewe::Cpu::new(), &layer.spec, 9));
         let planned = moewe::Plan::new(moewe::Cpu::new(), &layer.spec, &layer.weights(), 9, &options).map(|_| ());

@@ -45,7 +45,7 @@ fn step(both: &Lockstep, at: usize) {
         let name = schedule.buffers[index].name.as_str();
         let got = &after.iter().find(|(known, _)| known == name);
         let Some((_, got)) = got else { continue };
-        if binding.access != Access::Write {
+        if !matches!(binding.access, Access::Write | Access::ReadWrite) {
             let (_, old) = before.iter().find(|(known, _)| known == name).unwrap();
             assert_eq!(got, old, "{}: the step changed {name}, which it only reads", step.name);
             continue;
@@ -74,11 +74,12 @@ fn equal(step: &str, operation: &Operation, buffer: &str, want: &[u32], got: &[u
         | Operation::TopkRouting(_)
         | Operation::Permute(_)
         | Operation::Quantize(_)
-        | Operation::Amax(_) => 16.0,
+        | Operation::Amax(_)
+        | Operation::Diagnose(_) => 16.0,
     };
     let bounded = match (stage, buffer) {
         (Stage::Quantize, _) => return quantized(step, operation, buffer, want, got),
-        (Stage::Permute, _) | (_, "topk_ids") => None,
+        (Stage::Permute | Stage::Diagnose, _) | (_, "topk_ids") => None,
         (Stage::TopkRouting, _) => Some(SCORE_TOLERANCE),
         (Stage::GroupedGemm | Stage::Norm | Stage::Combine, _) => Some(SUM_TOLERANCE * terms.sqrt()),
     };
@@ -208,7 +209,11 @@ fn wide_rows_equal_their_twins() {
             spec.experts.format = format;
             spec.shared = None;
             for decode_tokens in [0, usize::MAX] {
-                walk(spec.clone(), 3, &Options { segment_bytes, decode_tokens, fuse_quantization: true });
+                walk(
+                    spec.clone(),
+                    3,
+                    &Options { segment_bytes, decode_tokens, fuse_quantization: true, diagnostics: false },
+                );
             }
         }
     }
@@ -265,6 +270,27 @@ fn quantised_rows_equal_their_twins() {
         // Fused and not, with either kind of GEMM, in turn.
         for (options, fuse_quantization) in [(GEMV, at % 2 == 0), (TILED, at % 2 == 1)] {
             walk(spec.clone(), 5, &Options { fuse_quantization, ..options });
+        }
+    }
+}
+
+/// Counts are exact, and are those of the buffers that they count.
+#[test]
+fn diagnoses_equal_their_twins() {
+    for (format, quant) in [
+        (WeightFormat::Bf16, ActivationQuant::None),
+        (WeightFormat::Fp8Channel, ActivationQuant::Static { code: ActivationCode::E4m3 }),
+        (WeightFormat::Int8Channel, ActivationQuant::Static { code: ActivationCode::Int8 }),
+    ] {
+        for activation in [Activation::Swiglu { limit: Some(0.4) }, Activation::SwigluClampAfter { limit: 0.3 }] {
+            for base in [GEMV, TILED] {
+                let mut spec = deepseek_like();
+                spec.experts.format = format;
+                spec.experts.activation = activation;
+                spec.experts.activation_quant = quant;
+                spec.precision.output = [FloatType::F16, FloatType::Bf16][base.decode_tokens % 2];
+                walk(spec, 9, &Options { diagnostics: true, ..base });
+            }
         }
     }
 }

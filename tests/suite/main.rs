@@ -4,6 +4,7 @@ mod binding;
 mod bugs;
 mod configs;
 mod contracts;
+mod diagnostics;
 mod families;
 mod family_golden;
 mod family_specs;

@@ -571,11 +571,14 @@ impl RandomLayer {
 }
 
 /// The library's own choice of kernels.
-pub const AUTO: Options = Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true };
+pub const AUTO: Options =
+    Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true, diagnostics: false };
 /// The matrix-vector kernels for any number of tokens.
-pub const GEMV: Options = Options { segment_bytes: None, decode_tokens: usize::MAX, fuse_quantization: true };
+pub const GEMV: Options =
+    Options { segment_bytes: None, decode_tokens: usize::MAX, fuse_quantization: true, diagnostics: false };
 /// The tiled kernels for any number of tokens.
-pub const TILED: Options = Options { segment_bytes: None, decode_tokens: 0, fuse_quantization: true };
+pub const TILED: Options =
+    Options { segment_bytes: None, decode_tokens: 0, fuse_quantization: true, diagnostics: false };
 
 /// `options` in segments of MOEWE_SEGMENT_BYTES, where that is set and the test does not choose.
 pub fn segmented(options: &Options) -> Options {

@@ -130,7 +130,9 @@ impl Backend for Cpu {
                     Access::Uniform | Access::Read => {
                         Guard::Read(buffer.0.read().unwrap_or_else(PoisonError::into_inner))
                     }
-                    Access::Write => Guard::Write(buffer.0.write().unwrap_or_else(PoisonError::into_inner)),
+                    Access::Write | Access::ReadWrite => {
+                        Guard::Write(buffer.0.write().unwrap_or_else(PoisonError::into_inner))
+                    }
                 })
                 .collect();
             let slots = guards.iter_mut().zip(&binding.slots).map(|(guard, &(name, _, _, offset, words))| {

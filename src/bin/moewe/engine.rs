@@ -93,8 +93,12 @@ pub struct Device<B> {
 
 impl<B: Host + Clone> Engine for Device<B> {
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>> {
-        let options =
-            Options { segment_bytes: self.segment_bytes, decode_tokens: DECODE_TOKENS, fuse_quantization: true };
+        let options = Options {
+            segment_bytes: self.segment_bytes,
+            decode_tokens: DECODE_TOKENS,
+            fuse_quantization: true,
+            diagnostics: false,
+        };
         let backend = self.backend.clone();
         let plan = match work {
             Work::Layer(weights) => Plan::new(backend, spec, weights, max_tokens, &options)?,

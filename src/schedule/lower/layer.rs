@@ -118,6 +118,7 @@ impl Lowering<'_> {
                 hidden: "hidden",
                 out: "expert_out",
             },
+            slot: 2,
             tables: [
                 ("experts.input_scales", Table::ExpertInputScales(Gemms::GateUp)),
                 ("experts.hidden_scales", Table::ExpertInputScales(Gemms::Down)),
@@ -155,6 +156,7 @@ impl Lowering<'_> {
                     hidden: "shared_hidden",
                     out: "shared_out",
                 },
+                slot: 6,
                 tables: [
                     ("shared.input_scales", Table::SharedInputScales(Gemms::GateUp)),
                     ("shared.hidden_scales", Table::SharedInputScales(Gemms::Down)),
@@ -233,9 +235,11 @@ impl Lowering<'_> {
             buffers.push(("output_bias", self.table("output_bias", Table::OutputBias, hidden_size)));
         }
         let out = self.token_buffer("output", Contents::Output, hidden_size * output.bytes());
+        let infinite = (Counted::Infinite(output), [1, hidden_size], [("rows", out)]);
         let Some(OutputNorm { eps }) = *output_norm else {
             buffers.push(("out", out));
-            return self.combine("combine", last, &buffers);
+            self.combine("combine", last, &buffers)?;
+            return self.diagnose(part, infinite.0, infinite.1, Matrices::Groups, 1, &infinite.2);
         };
         let (sum, normed) = (self.scratch("joined", hidden_size), self.scratch("joined_normed", hidden_size));
         buffers.push(("out", sum));
@@ -254,7 +258,8 @@ impl Lowering<'_> {
         let weight = self.table("output_norm", Table::OutputNorm, hidden_size);
         let norm = Norm { cols: hidden_size, ..norm_of(1, eps, NormScale::After) };
         self.norm("output_norm", part, norm, sum, weight, normed)?;
-        self.combine("output", cast, &[("expert_out", normed), ("out", out)])
+        self.combine("output", cast, &[("expert_out", normed), ("out", out)])?;
+        self.diagnose(part, infinite.0, infinite.1, Matrices::Groups, 1, &infinite.2)
     }
 
     fn combine(&mut self, name: &'static str, combine: Combine, buffers: &[(&'static str, usize)]) -> Result<()> {
@@ -268,8 +273,19 @@ impl Lowering<'_> {
 
     /// Both GEMMs of one MLP a group, and what quantises their rows; the buffer of its rows.
     fn mlp(&mut self, mlp: &Mlp<'_>, input: Rows, others: &[(&'static str, usize)]) -> Result<usize> {
-        let Mlp { names, mlp, width, groups, rows, rows_per_token, weigh_input, weighted_hidden, scratch, tables } =
-            *mlp;
+        let Mlp {
+            names,
+            mlp,
+            width,
+            groups,
+            rows,
+            rows_per_token,
+            weigh_input,
+            weighted_hidden,
+            scratch,
+            tables,
+            slot,
+        } = *mlp;
         let ExpertMlp {
             intermediate_size,
             activation,
@@ -301,11 +317,26 @@ impl Lowering<'_> {
         if activation_quant.is_on() {
             first =
                 self.quantize_input(&quantizer, first, width, [scratch.names[0], tables[0].0], tables[0].1, others)?;
-            self.decide(
-                names[0],
-                "emulated FP8 or INT8",
-                "WGSL has no such types: codes widen to f32, in which their products are exact",
-            );
+            let choice = match activation_quant {
+                ActivationQuant::Static { code: ActivationCode::Int8 }
+                | ActivationQuant::Dynamic { code: ActivationCode::Int8, span: _, rule: _, scale: _ } => {
+                    "emulated INT8"
+                }
+                ActivationQuant::Static { code: ActivationCode::E4m3 }
+                | ActivationQuant::Dynamic { code: ActivationCode::E4m3, span: _, rule: _, scale: _ }
+                | ActivationQuant::None => "emulated FP8",
+            };
+            let because = "WGSL has no such type: codes widen to f32, in which their products are exact";
+            self.decide(names[0], choice, because);
+            if let ActivationQuant::Dynamic { code, span: _, rule: _, scale: _ } | ActivationQuant::Static { code } =
+                activation_quant
+            {
+                let by_token = first.divisor == rows_per_token && rows_per_token > 1;
+                let (rows, matrices) = if by_token { (1, Matrices::Groups) } else { (rows_per_token, matrices) };
+                let mut buffers = others.to_vec();
+                buffers.push(("rows", first.input.buffer));
+                self.diagnose(part, Counted::SaturatedCodes(code), [rows, width], matrices, slot + 2, &buffers)?;
+            }
         }
         let fused = self.fuses(names[0], activation_quant);
         let (epilogue, hidden) = match fused {
@@ -321,11 +352,40 @@ impl Lowering<'_> {
             input: first.input,
             input_divisor: first.divisor,
             weigh_input: first.weigh,
-            placed: gate_up,
+            placed: gate_up.clone(),
             epilogue,
             out: hidden,
             others: others.to_vec(),
         }));
+        if self.counters.is_some() && clamps(activation) {
+            // Sums that the layer itself has only in registers are computed once more.
+            let sums = match fused {
+                true => hidden,
+                false => {
+                    let sums = self.scratch(scratch.gate_up, rows_per_token * pair * intermediate_size);
+                    self.drafts.push(Draft::Gemm(Gemm {
+                        name: "diagnose.gate_up",
+                        part,
+                        rows,
+                        input: first.input,
+                        input_divisor: first.divisor,
+                        weigh_input: first.weigh,
+                        placed: gate_up,
+                        epilogue: Epilogue::Sums,
+                        out: sums,
+                        others: others.to_vec(),
+                    }));
+                    sums
+                }
+            };
+            let gate_up = self.spec.precision.gate_up;
+            let mut buffers = others.to_vec();
+            buffers.push(("rows", sums));
+            let size = [rows_per_token, intermediate_size];
+            let gate = Counted::ClampedGate { activation, gate_up };
+            self.diagnose(part, gate, size, matrices, slot, &buffers)?;
+            self.diagnose(part, Counted::ClampedUp { activation, gate_up }, size, matrices, slot + 1, &buffers)?;
+        }
         let second = match (activation_quant.is_on(), fused) {
             (false, _) => Rows::floats(hidden, FloatType::F32),
             (true, true) => {
@@ -339,6 +399,12 @@ impl Lowering<'_> {
                 self.quantize(&quantizer, names, source, hidden, intermediate_size, tables[1].1, others)?
             }
         };
+        if let (true, RowValues::Codes { code, group: _, scales: _ }) = (self.counters.is_some(), second.values) {
+            let mut buffers = others.to_vec();
+            buffers.push(("rows", second.buffer));
+            let size = [rows_per_token, intermediate_size];
+            self.diagnose(part, Counted::SaturatedCodes(code), size, matrices, slot + 3, &buffers)?;
+        }
         self.drafts.push(Draft::Gemm(Gemm {
             name: names[1],
             part,
@@ -545,6 +611,8 @@ struct Mlp<'a> {
     weigh_input: Option<Rounding>,
     weighted_hidden: bool,
     scratch: ScratchNames,
+    /// First counter of its diagnostics.
+    slot: usize,
     /// Tables of static scales, by GEMM.
     tables: [(&'static str, Table); 2],
 }

@@ -9,21 +9,23 @@ mod layer;
 mod routing;
 
 use super::{
-    Bucket, Buffer, Contents, Decision, DeviceFacts, Extent, Gemms, Grid, Options, Part, Schedule, Step, Table,
+    Bucket, Buffer, Contents, DIAGNOSTICS, Decision, DeviceFacts, Extent, Gemms, Grid, LOAD_SLOT, Options, Part,
+    Schedule, Step, Table,
 };
 use crate::error::{Error, Result, Unsupported};
 use crate::kernels::combine::{Routed, SharedFactor, SharedRows};
+use crate::kernels::diagnose::clamps;
 use crate::kernels::grouped_gemm::{TILE_COLS, TILE_ROWS};
 use crate::kernels::pack::{PackedMatrix, SPAN_WORDS};
 use crate::kernels::quantize::AMAX_PARTS;
 use crate::kernels::{
-    Access, Activated, Amax, Combine, Epilogue, GemmVariant, GroupedGemm, Matrices, Norm, NormScale, Operation,
-    Permute, Quantize, RowScale, RowSource, RowValues, ScaleLayout, TopkRouting, ValueSource,
+    Access, Activated, Amax, Combine, Counted, Diagnose, Epilogue, GemmVariant, GroupedGemm, Matrices, Norm, NormScale,
+    Operation, Permute, Quantize, RowScale, RowSource, RowValues, ScaleLayout, TopkRouting, ValueSource,
 };
 use crate::spec::{
-    ActivationQuant, ActivationScale, CombineRounding, ExpertInput, ExpertMlp, FloatType, Latent, LatentNorm,
-    LogitTransform, MoeSpec, OutputNorm, Precision, Rounding, Router, RouterInput, Routing, RoutingMethod, ScaleSpan,
-    SharedCombination, SharedExperts, SharedGate, WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
+    ActivationCode, ActivationQuant, ActivationScale, CombineRounding, ExpertInput, ExpertMlp, FloatType, Latent,
+    LatentNorm, LogitTransform, MoeSpec, OutputNorm, Precision, Rounding, Router, RouterInput, Routing, RoutingMethod,
+    ScaleSpan, SharedCombination, SharedExperts, SharedGate, WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
 };
 use crate::support::{self, Scope, refuse};
 use crate::weights::Blocks;
@@ -147,6 +149,8 @@ struct Lowering<'a> {
     drafts: Vec<Draft>,
     /// Rows of tokens that are quantised already: how, from which buffer, to which rows.
     quantized: Vec<(ActivationQuant, usize, Rows)>,
+    /// The buffer of counters, if anything is counted.
+    counters: Option<usize>,
 }
 
 /// A step before a bucket picks its kernel.
@@ -192,6 +196,7 @@ impl Rows {
 }
 
 /// The indices of a packed matrix in the schedule.
+#[derive(Clone)]
 struct Placed {
     matrix: usize,
     /// (segment buffer, span buffer) of each segment.
@@ -213,7 +218,7 @@ impl<'a> Lowering<'a> {
         facts: &'a DeviceFacts,
         options: &'a Options,
     ) -> Result<Self> {
-        let chunk_tokens = chunk_tokens(spec, scope, max_tokens, facts)?;
+        let chunk_tokens = chunk_tokens(spec, scope, max_tokens, facts, options)?;
         let schedule = Schedule {
             scope,
             max_tokens,
@@ -223,7 +228,8 @@ impl<'a> Lowering<'a> {
             buckets: vec![],
             decisions: vec![],
         };
-        let mut lowering = Self { spec, facts, options, schedule, params: 0, drafts: vec![], quantized: vec![] };
+        let mut lowering =
+            Self { spec, facts, options, schedule, params: 0, drafts: vec![], quantized: vec![], counters: None };
         lowering.params = lowering.buffer("params", Contents::Params, 16);
         Ok(lowering)
     }
@@ -325,6 +331,27 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
+    /// A step that counts, if anything is counted.
+    fn diagnose(
+        &mut self,
+        part: Part,
+        counted: Counted,
+        [rows_per_token, cols]: [usize; 2],
+        matrices: Matrices,
+        slot: usize,
+        buffers: &[(&'static str, usize)],
+    ) -> Result<()> {
+        let Some(counters) = self.counters else { return Ok(()) };
+        let model = self.spec.precision.model;
+        let operation = Operation::Diagnose(Diagnose { counted, rows_per_token, cols, matrices, slot, model });
+        let mut buffers = buffers.to_vec();
+        buffers.push(("counters", counters));
+        let grid = Grid { x: Extent::Fixed(1), y: Extent::Fixed(1) };
+        let step = self.step(format!("diagnose[{slot}]"), part, operation, grid, &buffers)?;
+        self.drafts.push(Draft::Step(step));
+        Ok(())
+    }
+
     /// A step whose bindings find their buffers by name.
     fn step(
         &self,
@@ -353,6 +380,8 @@ impl<'a> Lowering<'a> {
         let input = self.spec.precision.input;
         let hidden_states = self.token_buffer("hidden_states", Contents::HiddenStates, hidden_size * input.bytes());
         let hidden_states = Rows::floats(hidden_states, input);
+        let words = LOAD_SLOT + self.spec.num_experts;
+        self.counters = self.options.diagnostics.then(|| self.buffer(DIAGNOSTICS, Contents::Scratch, 4 * words));
         let routed = self.routing(hidden_states)?;
         if self.schedule.scope == Scope::Layer {
             self.layer(hidden_states, &routed)?;
@@ -470,7 +499,13 @@ fn column_major(rows: usize) -> ScaleLayout {
 }
 
 /// Tokens whose activations fit the device's bindings.
-fn chunk_tokens(spec: &MoeSpec, scope: Scope, max_tokens: usize, facts: &DeviceFacts) -> Result<usize> {
+fn chunk_tokens(
+    spec: &MoeSpec,
+    scope: Scope,
+    max_tokens: usize,
+    facts: &DeviceFacts,
+    options: &Options,
+) -> Result<usize> {
     // Chunks of 128 tokens begin at multiples of 256 bytes whatever a token has, as bindings must.
     const GRANULE: usize = 128;
     let limit = usize::try_from(facts.max_binding_bytes.min(1 << 31)).unwrap_or(usize::MAX);
@@ -484,7 +519,9 @@ fn chunk_tokens(spec: &MoeSpec, scope: Scope, max_tokens: usize, facts: &DeviceF
     let mut rows_per_token = spec.top_k;
     if scope == Scope::Layer {
         per_token.push(("top_k * hidden_size", 4 * spec.top_k * spec.expert_width()));
-        let pair = |mlp: &ExpertMlp| if mlp.activation_quant.is_on() && mlp.activation.gated() { 2 } else { 1 };
+        // Gate and up are stored where something else reads them: a quantisation, a diagnosis.
+        let sums = |mlp: &ExpertMlp| (mlp.activation_quant.is_on() || options.diagnostics) && mlp.activation.gated();
+        let pair = |mlp: &ExpertMlp| if sums(mlp) { 2 } else { 1 };
         let inner = pair(&spec.experts) * spec.experts.intermediate_size;
         per_token.push(("top_k * intermediate_size", 4 * spec.top_k * inner));
         if let Some(SharedExperts { mlp, gate: _, combination: _ }) = &spec.shared {

@@ -117,6 +117,10 @@ impl Lowering<'_> {
         let grid = Grid { x: Extent::Fixed(1), y: Extent::PerToken { items: 1, per: 1, limit } };
         let step = self.step("topk_routing", part, operation, grid, &buffers)?;
         self.drafts.push(Draft::Step(step));
+        let all = Matrices::Groups;
+        self.diagnose(part, Counted::NonFinite, [1, outputs], all, 0, &[("rows", logits)])?;
+        let load = Counted::Load(*num_experts);
+        self.diagnose(part, load, [top_k, 0], all, LOAD_SLOT, &[("topk_ids", topk_ids)])?;
         Ok(RoutedBuffers { topk_ids, topk_weights, shared_weights })
     }
 
