@@ -14,9 +14,27 @@ use moewe::{Bound, Cpu, Io, Plan, Scratch, Tokens};
 use rig::{AUTO, RandomLayer, gpu};
 use roofline::{Device, bench_spec};
 
-/// The cases of this bench: the small layer, and with MOEWE_BENCH_FULL=1 Qwen3-30B-A3B's in FP8 at full size.
-fn cases() -> Vec<(&'static str, MoeSpec)> {
-    let mut cases = vec![("small_fp8", bench_spec())];
+/// A layer, and whether its activations are quantised in one step with the activation function.
+struct Case {
+    name: &'static str,
+    spec: MoeSpec,
+    fused: &'static [bool],
+}
+
+/// The cases of this bench: small layers, and with MOEWE_BENCH_FULL=1 Qwen3-30B-A3B's (FP8 weights) and
+/// MiniMax-M2's (FP8 weights and activations) at full size.
+fn cases() -> Vec<Case> {
+    let quantised = |mut spec: MoeSpec| {
+        spec.experts.activation_quant = ActivationQuant::dynamic_fp8(128, ActivationScale::F32);
+        if let Some(shared) = &mut spec.shared {
+            shared.mlp.activation_quant = spec.experts.activation_quant;
+        }
+        spec
+    };
+    let mut cases = vec![
+        Case { name: "small_fp8", spec: bench_spec(), fused: &[true] },
+        Case { name: "small_w8a8", spec: quantised(bench_spec()), fused: &[true, false] },
+    ];
     if std::env::var("MOEWE_BENCH_FULL").is_ok_and(|full| full == "1") {
         let mut spec = bench_spec();
         spec.hidden_size = 2048;
@@ -26,7 +44,14 @@ fn cases() -> Vec<(&'static str, MoeSpec)> {
         spec.routing.method = RoutingMethod::TopK { score: Score::Softmax, key: SelectionKey::Score, groups: None };
         spec.routing.renormalize = Some(Denominator::Sum);
         spec.routing.routed_scaling_factor = 1.0;
-        cases.push(("qwen3_30b_fp8", spec));
+        let mut minimax = quantised(spec.clone());
+        minimax.hidden_size = 3072;
+        minimax.num_experts = 256;
+        minimax.experts.intermediate_size = 1536;
+        minimax.routing.method =
+            RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
+        cases.push(Case { name: "qwen3_30b_fp8", spec, fused: &[true] });
+        cases.push(Case { name: "minimax_m2_fp8", spec: minimax, fused: &[true, false] });
     }
     cases
 }
@@ -79,29 +104,45 @@ impl<B: Host + Clone> Rotation<B> {
 }
 
 fn layer<B: Host + Clone>(criterion: &mut Criterion, backend: &B, device: &Device) {
-    for (case, spec) in cases() {
+    for Case { name, spec, fused } in cases() {
         let layer = RandomLayer::new(spec, 1);
-        let most = 64;
-        let plan = Plan::new(backend.clone(), &layer.spec, &layer.weights(), most, &AUTO).unwrap();
-        let mut group = criterion.benchmark_group(format!("{case}/{}", device.name));
-        for tokens in [1, 4, 16, most] {
-            let rotation = Rotation::new(backend, &plan, &layer, tokens, if tokens <= 4 { 8 } else { 2 });
-            let floor = device.report(case, &layer.spec, &rotation.topk_ids[0], tokens, rotation.checked);
-            group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
-                bencher.iter_custom(|runs| {
-                    let (seconds, _) = rotation.time(backend, tokens, runs.min(500) as usize);
-                    std::time::Duration::from_secs_f64(seconds.iter().sum::<f64>() * runs as f64 / seconds.len() as f64)
-                });
-            });
-            let (mut seconds, method) = rotation.time(backend, tokens, 24);
-            seconds.sort_by(f64::total_cmp);
-            let median = seconds[seconds.len() / 2];
-            println!(
-                "{case}, {tokens} tokens: median {:.1} us by {method}, {:.2} floors",
-                1e6 * median,
-                median / floor
-            );
+        for &fuse_quantization in fused {
+            let case = match (fused.len(), fuse_quantization) {
+                (1, _) => name.to_owned(),
+                (_, true) => format!("{name}_fused"),
+                (_, false) => format!("{name}_unfused"),
+            };
+            let options = moewe::Options { fuse_quantization, ..AUTO };
+            let plan = Plan::new(backend.clone(), &layer.spec, &layer.weights(), MOST_TOKENS, &options).unwrap();
+            time_case(criterion, backend, device, &case, &layer, &plan);
         }
+    }
+}
+
+const MOST_TOKENS: usize = 64;
+
+fn time_case<B: Host + Clone>(
+    criterion: &mut Criterion,
+    backend: &B,
+    device: &Device,
+    case: &str,
+    layer: &RandomLayer,
+    plan: &Plan<B>,
+) {
+    let mut group = criterion.benchmark_group(format!("{case}/{}", device.name));
+    for tokens in [1, 4, 16, MOST_TOKENS] {
+        let rotation = Rotation::new(backend, plan, layer, tokens, if tokens <= 4 { 8 } else { 2 });
+        let floor = device.report(case, &layer.spec, &rotation.topk_ids[0], tokens, rotation.checked);
+        group.bench_function(BenchmarkId::from_parameter(tokens), |bencher| {
+            bencher.iter_custom(|runs| {
+                let (seconds, _) = rotation.time(backend, tokens, runs.min(500) as usize);
+                std::time::Duration::from_secs_f64(seconds.iter().sum::<f64>() * runs as f64 / seconds.len() as f64)
+            });
+        });
+        let (mut seconds, method) = rotation.time(backend, tokens, 24);
+        seconds.sort_by(f64::total_cmp);
+        let median = seconds[seconds.len() / 2];
+        println!("{case}, {tokens} tokens: median {:.1} us by {method}, {:.2} floors", 1e6 * median, median / floor);
     }
 }
 

@@ -29,7 +29,9 @@ pub fn check(layer: &RandomLayer, hidden_states: &[f32], got: &[f32]) -> f64 {
         want.iter().zip(got).map(|(a, b)| f(f64::from(*a), f64::from(*b))).sum()
     };
     let difference = 1.0 - 2.0 * sum(&|a, b| a * b) / sum(&|a, b| a * a + b * b);
-    assert!(difference < 1e-5, "calc_diff {difference}");
+    // A code beside the middle of two may go either way.
+    let allowed = if layer.spec.experts.activation_quant.is_on() { 1e-3 } else { 1e-5 };
+    assert!(difference < allowed, "calc_diff {difference}");
     difference
 }
 

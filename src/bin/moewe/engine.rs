@@ -6,7 +6,7 @@ use crate::inputs;
 use moewe::host::{Host, Outcome, Session};
 use moewe::kernels::{Operation, RowScale};
 use moewe::reference::Inputs;
-use moewe::schedule::{Contents, DECODE_TOKENS, Options, Schedule};
+use moewe::schedule::{Contents, DECODE_TOKENS, Decision, Options, Schedule};
 use moewe::{Error, MoeSpec, MoeWeights, Plan, Result, RouterWeights};
 
 /// What is asked of an engine.
@@ -35,6 +35,8 @@ pub trait Runner {
     fn timing(&self, tokens: usize) -> Result<Option<Timing>>;
     /// What it takes; `None` for an engine that copies nothing.
     fn memory(&self) -> Option<Memory>;
+    /// What was chosen among ways that mean the same; nothing by an engine without choices.
+    fn decisions(&self) -> Vec<Decision>;
 }
 
 /// Seconds of each step, in order.
@@ -167,6 +169,10 @@ impl<B: Host> Runner for Planned<'_, B> {
         let (seconds, method) = timed?;
         let names = self.session.bound().steps(tokens).iter().map(|step| step.name.clone());
         Ok(Some(Timing { stages: names.zip(seconds).collect(), method: format!("{method}, median of {RUNS}") }))
+    }
+
+    fn decisions(&self) -> Vec<Decision> {
+        self.session.plan().schedule().decisions.clone()
     }
 
     fn memory(&self) -> Option<Memory> {

@@ -2,6 +2,7 @@
 
 use moewe::host::Outcome;
 use moewe::reference::{self, Inputs, Routed};
+use moewe::schedule::Decision;
 use moewe::{MoeSpec, MoeWeights, Result, RouterWeights};
 use rayon::prelude::*;
 
@@ -53,6 +54,10 @@ impl Runner for Planned<'_> {
 
     fn memory(&self) -> Option<Memory> {
         None
+    }
+
+    fn decisions(&self) -> Vec<Decision> {
+        vec![]
     }
 }
 

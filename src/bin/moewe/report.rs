@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 
 use moewe::families::Resolved;
+use moewe::schedule::Decision;
 use moewe::weights::Damage;
 use serde_json::{Map, Value, json};
 
@@ -74,6 +75,8 @@ impl Layer {
 pub struct Measured {
     /// Bytes on the device.
     pub memory: Option<Memory>,
+    /// What was chosen among ways that mean the same, and why.
+    pub decisions: Vec<Decision>,
     /// Time per step.
     pub timing: Option<Timing>,
     /// Errors; `None` for the reference itself.
@@ -161,6 +164,12 @@ impl Report {
             "memory": memory.map(|Memory { weights, scratch, io }| {
                 json!({"weights_bytes": weights, "scratch_bytes": scratch, "io_bytes": io})
             }),
+            "decisions": measured.as_ref().map_or(vec![], |measured| {
+                let one = |Decision { step, choice, because }: &Decision| {
+                    json!({"step": step, "choice": choice, "because": because})
+                };
+                measured.decisions.iter().map(one).collect()
+            }),
             "stages": timing.map_or(vec![], stages_json),
             "timing_method": timing.map(|timing| &timing.method),
             "tokens_per_s": timing.and_then(|timing| self.tokens_per_second(timing)),
@@ -193,6 +202,12 @@ impl Report {
     fn measured(&self, page: &mut Page, measured: &Measured) {
         if let Some(memory) = measured.memory {
             page.memory(memory);
+        }
+        if !measured.decisions.is_empty() {
+            page.title("decisions");
+        }
+        for Decision { step, choice, because } in &measured.decisions {
+            page.entry(step, &format!("{choice}: {because}"));
         }
         if let Some(timing) = &measured.timing {
             page.stages(timing);

@@ -110,6 +110,7 @@ fn measure(spec: &MoeSpec, weights: &MoeWeights<'_>, options: &RunOptions, engin
     };
     Ok(Measured {
         memory: runner.memory(),
+        decisions: runner.decisions(),
         timing: runner.timing(options.tokens)?,
         comparison,
         tokens_per_expert: chart::count(&outcome.topk_ids, spec.router_outputs()),
