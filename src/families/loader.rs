@@ -210,7 +210,7 @@ impl Source {
                     SharedGate::None | SharedGate::Joint => None,
                     SharedGate::Sigmoid { format } => {
                         let name = pick(checkpoint, self.names, site, self.names.shared_gate).unwrap_or_default();
-                        Some(reader.plain(&name, *format, [1, spec.hidden_size])?)
+                        Some(reader.row(&name, *format, spec.hidden_size)?)
                     }
                 };
                 (reader.mlps(&place, mlp, spec.hidden_size, index, spec.joint_shares())?, row)

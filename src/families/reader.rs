@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
+use super::gguf;
 use super::names::{Layout, Names, Parts};
 use super::quantization::Quantization;
 use crate::checkpoint::Checkpoint;
@@ -109,7 +110,7 @@ impl<'a> Reader<'a> {
     }
 
     #[allow(clippy::too_many_arguments, reason = "they are the arguments of Matrix::view, with the name of the scales")]
-    fn matrix(
+    pub(super) fn matrix(
         &self,
         weight: &Tensor<'a>,
         name: &str,
@@ -119,6 +120,9 @@ impl<'a> Reader<'a> {
         stack: Option<(usize, usize)>,
         shape: [usize; 2],
     ) -> Result<Matrix<'a>> {
+        if gguf::in_blocks(self.checkpoint, name, format)? {
+            return Matrix::view(Stored::Gguf(weight), format, orientation, part, stack, shape);
+        }
         let scale = match format {
             WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => None,
             WeightFormat::Fp8Block { block: _, scale: _ }
@@ -223,7 +227,7 @@ impl<'a> Reader<'a> {
             if !wanted {
                 return Ok(None);
             }
-            let tensor = self.tensor(&format!("{name}_bias"))?;
+            let tensor = self.tensor(&gguf::bias_name(name))?;
             expect_shape(&tensor, &[count, len])?;
             tensor.to_finite_f32(count * len).map(Some)
         };
@@ -270,13 +274,16 @@ impl<'a> Reader<'a> {
             let tensor = self.tensor(&name)?;
             self.matrix(&tensor, &name, mlp.format, Orientation::OutIn, Rows::All, stack, shape)
         };
+        let bias = |part: &str, wanted: bool, len: usize| {
+            self.stacked_bias(&format!("{}{part}", place.path), wanted, stack, len)
+        };
         Ok(MlpWeights {
             gate: parts.gate.map(|gate| matrix(gate, [inner, width])).transpose()?,
             up: matrix(parts.up, [inner, width])?,
             down: matrix(parts.down, [width, inner])?,
-            gate_bias: None,
-            up_bias: None,
-            down_bias: None,
+            gate_bias: parts.gate.map_or(Ok(None), |gate| bias(gate, mlp.gate_up_bias, inner))?,
+            up_bias: bias(parts.up, mlp.gate_up_bias, inner)?,
+            down_bias: bias(parts.down, mlp.down_bias, width)?,
             input_scales: None,
         })
     }
@@ -370,6 +377,9 @@ pub(super) fn format_of(
         })
     };
     let tensor = find(weight)?;
+    if let Some(format) = checkpoint.gguf_format(weight)? {
+        return Ok(format);
+    }
     match tensor.dtype {
         Dtype::F32 => Ok(WeightFormat::F32),
         Dtype::F16 => Ok(WeightFormat::F16),

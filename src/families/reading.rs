@@ -7,9 +7,9 @@ use serde_json::Value;
 use super::config::{self, Config, TextConfig};
 use super::loader::{self, Source, Stored, StoredMlp};
 use super::model::{Block, Family, Gate, Layer, Model, RouterKind, Shared};
-use super::names::Site;
+use super::names::{Names, Site};
 use super::quantization::Quantization;
-use super::{FAMILIES, Request, Resolved, irrelevant};
+use super::{FAMILIES, Request, Resolved, gguf, irrelevant};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, Unsupported};
 use crate::spec::{
@@ -20,6 +20,8 @@ use crate::spec::{
 /// A `config.json` that was read.
 pub(super) struct Reading {
     pub(super) family: &'static Family,
+    /// The family's, or those of GGUF.
+    pub(super) names: &'static Names,
     pub(super) model: Model,
     model_type: String,
     quantization: Option<Quantization>,
@@ -31,7 +33,11 @@ impl Reading {
     pub(super) fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let text = TextConfig::of(checkpoint.config())?;
         let (family, model_type) = find_family(&text)?;
-        let (quantization, unknown_quantization) = Quantization::read(family.name, &text)?;
+        // In GGUF each tensor's type says its format.
+        let (quantization, unknown_quantization) = match checkpoint.is_gguf() {
+            true => (None, Vec::new()),
+            false => Quantization::read(family.name, &text)?,
+        };
         let config = Config::new(family.name, text.path, text.text);
         config.get("model_type");
         config.get("quantization_config");
@@ -53,7 +59,12 @@ impl Reading {
         let mut unknown_keys = config.unknown(&[irrelevant::SHARED, family.irrelevant]);
         unknown_keys.extend(unknown_quantization);
         unknown_keys.extend(text.unknown());
-        Ok(Self { family, model_type, model, quantization, unknown_keys, notes: config.notes() })
+        let names = gguf::names(checkpoint, family, &model);
+        let mut notes = config.notes();
+        if checkpoint.is_gguf() && text.either("quantization_config")?.is_some() {
+            notes.push("quantization_config is not that of the GGUF files and is not read".into());
+        }
+        Ok(Self { family, names, model_type, model, quantization, unknown_keys, notes })
     }
 
     /// A layer that has experts.
@@ -93,7 +104,7 @@ impl Reading {
 
     /// Names of the block in a layer, for messages.
     fn blocks(&self, layer: &str) -> String {
-        let names = &self.family.names;
+        let names = self.names;
         let one = |part: &&str| format!("{}.{layer}.{part}.*", names.layers);
         let modules = names.modules.iter().filter(|module| !module.is_empty());
         modules.chain(names.parts.first()).map(one).collect::<Vec<_>>().join(" or ")

@@ -9,6 +9,8 @@ mod family_golden;
 mod family_specs;
 mod family_support;
 mod files;
+mod gguf;
+mod gguf_file;
 mod guards;
 mod layers;
 mod layouts;
