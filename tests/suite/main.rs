@@ -17,6 +17,8 @@ mod layouts;
 mod limits;
 mod lockstep;
 mod matrix;
+mod memory;
+mod mutations;
 mod packing;
 mod random;
 mod rig;
