@@ -428,7 +428,8 @@ fn tiny() -> Sample {
         for (part, shape) in [("gate_proj", [3, 2]), ("up_proj", [3, 2]), ("down_proj", [2, 3])] {
             let name = format!("{V3}{module}.{part}.weight");
             sample = sample.zeros(&name, Dtype::F8_E4M3, &shape);
-            sample = sample.zeros(&format!("{name}_scale_inv"), Dtype::F32, &[1, 1]);
+            let scale = Stored { dtype: Dtype::F32, shape: vec![1, 1], bytes: 1_f32.to_le_bytes().to_vec() };
+            sample.tensors.insert(format!("{name}_scale_inv"), scale);
         }
     }
     sample
