@@ -6,7 +6,7 @@ use std::borrow::Cow;
 
 use safetensors::Dtype;
 
-use super::parts::{Blocks, Code, PackedScale, Parts};
+use super::parts::{Blocks, Code, PackedScale, Parts, gguf_block};
 use super::tensor::{Tensor, expect_shape};
 use crate::error::{Error, Result};
 use crate::numerics;
@@ -621,22 +621,8 @@ impl<'a> Matrix<'a> {
     }
 
     fn gguf(&mut self, place: &Place, codes: &Tensor<'a>) -> Result<()> {
-        let (block, bytes) = match self.format {
-            WeightFormat::Q8_0 => (32, 34),
-            WeightFormat::Q4K => (256, 144),
-            WeightFormat::Q6K => (256, 210),
-            WeightFormat::Mxfp4 => (32, 17),
-            WeightFormat::F32
-            | WeightFormat::F16
-            | WeightFormat::Bf16
-            | WeightFormat::Fp8Block { block: _, scale: _ }
-            | WeightFormat::Fp8Tensor
-            | WeightFormat::Fp8Channel
-            | WeightFormat::Int8Channel
-            | WeightFormat::Nvfp4
-            | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ } => {
-                return self.expect_format(false, "blocks of GGUF");
-            }
+        let Some((block, bytes)) = gguf_block(self.format) else {
+            return self.expect_format(false, "blocks of GGUF");
         };
         if codes.dtype != Dtype::U8 {
             return Err(codes.wrong_dtype(codes.dtype, "U8"));

@@ -135,6 +135,25 @@ impl WeightFormat {
     }
 }
 
+/// Elements and bytes of a block of GGUF, if the format has some.
+pub(crate) fn gguf_block(format: WeightFormat) -> Option<(usize, usize)> {
+    match format {
+        WeightFormat::Q8_0 => Some((32, 34)),
+        WeightFormat::Q4K => Some((256, 144)),
+        WeightFormat::Q6K => Some((256, 210)),
+        WeightFormat::Mxfp4 => Some((32, 17)),
+        WeightFormat::F32
+        | WeightFormat::F16
+        | WeightFormat::Bf16
+        | WeightFormat::Fp8Block { block: _, scale: _ }
+        | WeightFormat::Fp8Tensor
+        | WeightFormat::Fp8Channel
+        | WeightFormat::Int8Channel
+        | WeightFormat::Nvfp4
+        | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ } => None,
+    }
+}
+
 impl ScaleFormat {
     fn packed(self) -> PackedScale {
         match self {
