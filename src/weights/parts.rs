@@ -119,7 +119,9 @@ impl WeightFormat {
             }
             Self::Int4 { group, scale, zero_points, act_order } => {
                 let (code, scale) = match (zero_points, scale) {
-                    (false, scale) => (Code::Int4, scale.packed()),
+                    (false, ScaleFormat::F32 | ScaleFormat::F16 | ScaleFormat::Bf16 | ScaleFormat::E8m0) => {
+                        (Code::Int4, scale.packed())
+                    }
                     (true, ScaleFormat::Bf16) => (Code::Uint4, PackedScale::Bf16Zero),
                     // `validate` refuses the other two.
                     (true, ScaleFormat::F16 | ScaleFormat::F32 | ScaleFormat::E8m0) => {

@@ -182,7 +182,7 @@ fn floats_become_the_nearest_e4m3_codes() {
         .collect();
     let count = (1u64 << 32).div_ceil(u64::from(stride()));
     (0..1u64 << 10).into_par_iter().for_each(|block| {
-        for at in count * block >> 10..count * (block + 1) >> 10 {
+        for at in (count * block) >> 10..(count * (block + 1)) >> 10 {
             let bits = (at * u64::from(stride())) as u32;
             let value = f32::from_bits(bits);
             let magnitude = value.abs();
