@@ -1,4 +1,4 @@
-//! A model's `config.json` and the tensors of its safetensors shards, memory-mapped.
+//! A model's `config.json` and the tensors of its safetensors shards or GGUF files, memory-mapped.
 //!
 //! Shards of other layers may be absent: what is there is checked completely, what is not is missed
 //! only by whoever asks for one of its tensors.
@@ -13,9 +13,11 @@ use memmap2::{Mmap, MmapOptions};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Unsupported};
+use crate::spec::WeightFormat;
 use crate::weights::Tensor;
 
+mod gguf;
 mod json;
 
 /// Bytes before the header: its length, little-endian.
@@ -23,6 +25,7 @@ const LENGTH_BYTES: usize = 8;
 /// Inputs and expected outputs of a golden case. Not weights.
 const NOT_WEIGHTS: &str = "io.safetensors";
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
+const GGUF_SUFFIX: &str = ".gguf";
 
 /// `config.json` and the tensors of all shards that are present.
 ///
@@ -34,6 +37,9 @@ pub struct Checkpoint {
     entries: BTreeMap<String, Entry>,
     /// Shards that the checkpoint has in all, present or not.
     total_shards: usize,
+    is_gguf: bool,
+    /// Files that a split GGUF model has, present or not.
+    splits: Option<usize>,
     place: String,
 }
 
@@ -49,6 +55,8 @@ struct Entry {
     /// From the start of the file.
     start: usize,
     end: usize,
+    /// What GGUF's bytes hold.
+    blocks: Option<gguf::Blocks>,
 }
 
 impl fmt::Debug for Checkpoint {
@@ -60,59 +68,85 @@ impl fmt::Debug for Checkpoint {
 impl Checkpoint {
     /// Opens `dir`: its `config.json` and the shards that `model.safetensors.index.json` (or the one
     /// `*.safetensors.index.json`) names and that are present; without an index every
-    /// `*.safetensors` but `io.safetensors`.
+    /// `*.safetensors` but `io.safetensors`; where there are none every `*.gguf`. Of a GGUF model too
+    /// `config.json` says what the layer computes: the keys in GGUF files are not read.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::Json`] for a file that cannot be read or parsed, [`Error::Safetensors`]
     /// for a shard whose header does not describe exactly the bytes behind it, [`Error::Invalid`] for
-    /// a shard name that is a path, a tensor in two shards, a tensor that is not where the index says,
-    /// a JSON key given twice, and when there is no shard at all.
+    /// such a GGUF file, a shard name that is a path, a tensor in two shards, a tensor that is not where the
+    /// index says, a JSON key given twice, safetensors beside GGUF, and when there is no shard at all.
     pub fn open(dir: &Path) -> Result<Self> {
-        let mut checkpoint = Self {
-            config: read_object(&dir.join("config.json"))?,
-            shards: Vec::new(),
-            entries: BTreeMap::new(),
-            total_shards: 0,
-            place: dir.display().to_string(),
+        let config = dir.join("config.json");
+        let gguf = list(dir, |name| name.ends_with(GGUF_SUFFIX))?;
+        if let Some(file) = gguf.first().filter(|_| !config.exists()) {
+            return Err(Error::invalid(
+                config.display().to_string(),
+                format!("no such file beside {}", file.display()),
+                "the model's config.json, which says what the layer computes",
+                "download config.json of the model that the GGUF file was made from into this folder",
+            ));
+        }
+        let mut checkpoint = Self::empty(read_object(&config)?, dir.display().to_string());
+        let index = find_index(dir)?;
+        let files = match index {
+            Some(_) => Vec::new(),
+            None => list(dir, |name| name.ends_with(".safetensors") && name != NOT_WEIGHTS)?,
         };
-        match find_index(dir)? {
-            Some(index) => checkpoint.open_indexed(dir, &index)?,
-            None => {
-                let files = list(dir, |name| name.ends_with(".safetensors") && name != NOT_WEIGHTS)?;
-                checkpoint.total_shards = files.len();
-                for file in files {
-                    let bytes = map(&file)?;
-                    checkpoint.add(&file, bytes, |_| true)?;
-                }
+        if let (Some(first), Some(other)) = (gguf.first(), index.as_ref().or(files.first())) {
+            return Err(two_kinds(checkpoint.place, first, other));
+        }
+        if let Some(index) = index {
+            checkpoint.open_indexed(dir, &index)?;
+        } else if gguf.is_empty() {
+            checkpoint.total_shards = files.len();
+            for file in files {
+                let bytes = map(&file)?;
+                checkpoint.add(&file, bytes, |_| true)?;
+            }
+        } else {
+            for file in gguf {
+                let bytes = map(&file)?;
+                checkpoint.add_gguf(&file, bytes)?;
             }
         }
         if checkpoint.shards.is_empty() {
             return Err(Error::invalid(
                 checkpoint.place.clone(),
                 checkpoint.searched(),
-                "at least one *.safetensors shard",
+                "at least one *.safetensors shard or *.gguf file",
                 "download the shards that hold the layer",
             ));
         }
         Ok(checkpoint)
     }
 
-    /// A checkpoint from memory: the text of `config.json` and named shards.
+    /// A checkpoint from memory: the text of `config.json` and named shards, of GGUF if their names end in
+    /// `.gguf`.
     ///
     /// # Errors
     /// As [`Checkpoint::open`], without those of the file system.
     pub fn from_bytes(config: &str, shards: Vec<(String, Cow<'static, [u8]>)>) -> Result<Self> {
-        let mut checkpoint = Self {
-            config: parse_object(config, Path::new("config.json"))?,
-            shards: Vec::new(),
-            entries: BTreeMap::new(),
-            total_shards: shards.len(),
-            place: "memory".into(),
-        };
+        let mut checkpoint = Self::empty(parse_object(config, Path::new("config.json"))?, "memory".into());
+        let named = |gguf: bool| shards.iter().find(|(name, _)| name.ends_with(GGUF_SUFFIX) == gguf);
+        if let (Some((gguf, _)), Some((other, _))) = (named(true), named(false)) {
+            return Err(two_kinds(checkpoint.place, Path::new(gguf), Path::new(other)));
+        }
         for (name, bytes) in shards {
-            checkpoint.add(Path::new(&name), Bytes::Memory(bytes), |_| true)?;
+            let (path, bytes) = (Path::new(&name), Bytes::Memory(bytes));
+            if name.ends_with(GGUF_SUFFIX) {
+                checkpoint.add_gguf(path, bytes)?;
+            } else {
+                checkpoint.total_shards += 1;
+                checkpoint.add(path, bytes, |_| true)?;
+            }
         }
         Ok(checkpoint)
+    }
+
+    fn empty(config: Map<String, Value>, place: String) -> Self {
+        let (shards, entries) = (Vec::new(), BTreeMap::new());
+        Self { config, shards, entries, total_shards: 0, is_gguf: false, splits: None, place }
     }
 
     /// The object in `config.json`. A number that JSON cannot hold (`NaN`, `Infinity`, `1e999`) is
@@ -122,11 +156,36 @@ impl Checkpoint {
     }
 
     /// The tensor of this name, if one of the shards that are present holds it. Its bytes are
-    /// exactly `shape` times the size of `dtype`.
+    /// exactly `shape` times the size of `dtype`. Quantised tensors of GGUF are U8, rows of blocks
+    /// [.., rows, bytes of a row]; [`Checkpoint::gguf_format`] says what is in them.
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
-        let (name, Entry { shard, dtype, shape, start, end }) = self.entries.get_key_value(name)?;
+        let (name, Entry { shard, dtype, shape, start, end, blocks: _ }) = self.entries.get_key_value(name)?;
         let bytes = self.shards.get(*shard)?.as_slice().get(*start..*end)?;
         Some(Tensor { name: Cow::Borrowed(name), dtype: *dtype, shape: shape.clone(), bytes })
+    }
+
+    /// What the blocks of a tensor of GGUF hold. `None` for tensors of plain numbers and where none of this
+    /// name is present.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a type of ggml that nothing here reads. Its bytes are [`Checkpoint::tensor`]'s,
+    /// as U8 without rows.
+    pub fn gguf_format(&self, name: &str) -> Result<Option<WeightFormat>> {
+        match self.entries.get(name).and_then(|entry| entry.blocks) {
+            None => Ok(None),
+            Some(gguf::Blocks::Of(format)) => Ok(Some(format)),
+            Some(gguf::Blocks::Unread(ggml_type)) => Err(Error::Unsupported(Unsupported {
+                backend: "moewe".into(),
+                field: format!("{name}.type").into(),
+                value: gguf::type_name(ggml_type),
+                because: "of ggml's types F32, F16, BF16, Q8_0, Q4_K, Q6_K and MXFP4 are read".into(),
+            })),
+        }
+    }
+
+    /// Whether the tensors are those of GGUF files, and named as llama.cpp does.
+    pub fn is_gguf(&self) -> bool {
+        self.is_gguf
     }
 
     /// Names of all tensors that are present, sorted.
@@ -189,18 +248,63 @@ impl Checkpoint {
             if end > data.len() || start > end {
                 return Err(damaged(SafeTensorError::InvalidOffset(name)));
             }
-            if self.entries.contains_key(&name) {
-                return Err(Error::invalid(
-                    name,
-                    format!("a second tensor of this name in {}", path.display()),
-                    "each tensor in one shard",
-                    "remove one of the shards or add the model's index file",
-                ));
-            }
-            let entry = Entry { shard: self.shards.len(), dtype: info.dtype, shape: info.shape.clone(), start, end };
-            self.entries.insert(name, entry);
+            let (shard, dtype, shape) = (self.shards.len(), info.dtype, info.shape.clone());
+            self.insert(path, name, Entry { shard, dtype, shape, start, end, blocks: None })?;
         }
         self.shards.push(bytes);
+        Ok(())
+    }
+
+    /// Adds the tensors of a GGUF file. Files of split models say how many there are; the others are whole.
+    fn add_gguf(&mut self, path: &Path, bytes: Bytes) -> Result<()> {
+        let gguf::Header { split_count, tensors } = gguf::read(path, bytes.as_slice())?;
+        self.is_gguf = true;
+        let named = split_in_name(path);
+        let count = match (split_count, named) {
+            (Some(count), Some(named)) if count != named => {
+                return Err(Error::invalid(
+                    format!("{}: split.count", path.display()),
+                    count,
+                    format!("{named}, as the file's name says"),
+                    "give the file its own name back or download it again",
+                ));
+            }
+            (Some(count), _) | (None, Some(count)) => Some(count),
+            (None, None) => None,
+        };
+        match (count, self.splits) {
+            (None, _) => self.total_shards += 1,
+            (Some(count), None) => {
+                self.total_shards += count;
+                self.splits = Some(count);
+            }
+            (Some(count), Some(first)) if count != first => {
+                return Err(Error::invalid(
+                    format!("{}: split.count", path.display()),
+                    count,
+                    format!("{first}, as the files before it say"),
+                    "keep the files of one model in a folder",
+                ));
+            }
+            (Some(_), Some(_)) => {}
+        }
+        for gguf::Info { name, dtype, shape, start, end, blocks } in tensors {
+            self.insert(path, name, Entry { shard: self.shards.len(), dtype, shape, start, end, blocks })?;
+        }
+        self.shards.push(bytes);
+        Ok(())
+    }
+
+    fn insert(&mut self, path: &Path, name: String, entry: Entry) -> Result<()> {
+        if self.entries.contains_key(&name) {
+            return Err(Error::invalid(
+                name,
+                format!("a second tensor of this name in {}", path.display()),
+                "each tensor in one shard",
+                "remove one of the shards or add the model's index file",
+            ));
+        }
+        self.entries.insert(name, entry);
         Ok(())
     }
 }
@@ -243,6 +347,25 @@ fn check_header(path: &Path, data: &[u8]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// N of a name `...-0000I-of-0000N.gguf`.
+fn split_in_name(path: &Path) -> Option<usize> {
+    let stem = path.file_name()?.to_str()?.strip_suffix(GGUF_SUFFIX)?;
+    let (rest, count) = stem.rsplit_once("-of-")?;
+    let (_, number) = rest.rsplit_once('-')?;
+    let digits = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+    if digits(number) && digits(count) { count.parse().ok() } else { None }
+}
+
+/// They may be different quantisations of the model, and nothing says which is meant.
+fn two_kinds(place: String, gguf: &Path, other: &Path) -> Error {
+    Error::invalid(
+        place,
+        format!("{} beside {}", gguf.display(), other.display()),
+        "either safetensors or GGUF",
+        "move the files that are not meant into a folder of their own",
+    )
 }
 
 fn duplicate_key(path: &Path, key: &str) -> Error {

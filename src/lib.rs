@@ -9,7 +9,7 @@
 //! What a backend lacks is refused with the name of the field when the plan is made ([`Unsupported`]),
 //! never dropped. [`supports`] gives the same answer without planning.
 //!
-//! [`Checkpoint`] and [`families`] read a spec and its weights from `config.json` and safetensors.
+//! [`Checkpoint`] and [`families`] read a spec and its weights from `config.json` and safetensors or GGUF.
 //! The backends are [`Cpu`], which runs each kernel's twin in Rust, and `Wgpu` (feature `wgpu`), which
 //! runs WGSL on a device of the host program.
 //!

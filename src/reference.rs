@@ -657,7 +657,7 @@ impl Largest {
         let mut largest = Self { experts: none, shared: none };
         let rows = || rows.chunks_exact(spec.hidden_size);
         let position = spec.routing.weight_position;
-        if by_tensor(&spec.experts) {
+        if spec.experts.activation_quant.shares_scale() {
             let mlp = &spec.experts;
             let mut inputs = vec![];
             let mut hidden = vec![];
@@ -685,7 +685,8 @@ impl Largest {
             }
             largest.experts.hidden = numerics::largest_magnitude(&hidden);
         }
-        if let Some(SharedExperts { mlp, gate: _, combination: _ }) = spec.shared.as_ref().filter(|s| by_tensor(&s.mlp))
+        if let Some(SharedExperts { mlp, gate: _, combination: _ }) =
+            spec.shared.as_ref().filter(|shared| shared.mlp.activation_quant.shares_scale())
         {
             largest.shared.input = rows().map(numerics::largest_magnitude).fold(0.0, larger);
             let position = WeightPosition::Output;
@@ -703,17 +704,6 @@ fn larger(a: f32, b: f32) -> f32 {
     numerics::largest_magnitude(&[a, b])
 }
 
-fn by_tensor(mlp: &ExpertMlp) -> bool {
-    match mlp.activation_quant {
-        ActivationQuant::Dynamic { code: _, span: ScaleSpan::Tensor, rule: _, scale: _ } => true,
-        ActivationQuant::None
-        | ActivationQuant::Static { code: _ }
-        | ActivationQuant::Dynamic { code: _, span: ScaleSpan::Group(_) | ScaleSpan::Token, rule: _, scale: _ } => {
-            false
-        }
-    }
-}
-
 /// A row as a GEMM reads it.
 struct Entering {
     /// Numbers, or the values of codes.
@@ -727,18 +717,20 @@ struct Entering {
 impl Entering {
     /// `fixed` and `amax` are the scale and the largest magnitude that the quantisation takes from outside.
     fn of(values: Vec<f32>, quant: ActivationQuant, fixed: Option<f32>, amax: f32) -> Self {
-        let (code, width, span): (_, _, &dyn Fn(&[f32]) -> SpanScale) = match quant {
+        let (code, width) = match quant {
             ActivationQuant::None => return Self { values, codes: vec![], spans: None },
-            ActivationQuant::Static { code } => (code, values.len(), &|_| SpanScale::fixed(fixed.unwrap_or(f32::NAN))),
-            ActivationQuant::Dynamic { code, span, rule, scale } => match span {
-                ScaleSpan::Group(columns) => (code, columns, &move |values| {
-                    SpanScale::dynamic(code, rule, scale, numerics::largest_magnitude(values))
-                }),
-                ScaleSpan::Token => (code, values.len(), &move |values| {
-                    SpanScale::dynamic(code, rule, scale, numerics::largest_magnitude(values))
-                }),
-                ScaleSpan::Tensor => (code, values.len(), &move |_| SpanScale::dynamic(code, rule, scale, amax)),
-            },
+            ActivationQuant::Dynamic { code, span: ScaleSpan::Group(columns), rule: _, scale: _ } => (code, columns),
+            ActivationQuant::Dynamic { code, span: ScaleSpan::Token | ScaleSpan::Tensor, rule: _, scale: _ }
+            | ActivationQuant::Static { code } => (code, values.len()),
+        };
+        let span = |values: &[f32]| match quant {
+            ActivationQuant::None | ActivationQuant::Static { code: _ } => SpanScale::fixed(fixed.unwrap_or(f32::NAN)),
+            ActivationQuant::Dynamic { code, span: ScaleSpan::Group(_) | ScaleSpan::Token, rule, scale } => {
+                SpanScale::dynamic(code, rule, scale, numerics::largest_magnitude(values))
+            }
+            ActivationQuant::Dynamic { code, span: ScaleSpan::Tensor, rule, scale } => {
+                SpanScale::dynamic(code, rule, scale, amax)
+            }
         };
         let mut scales = vec![];
         let mut codes = vec![];

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::model::{Block, Family, Gate, RouterKind, Shared};
+use super::model::{Block, Gate, RouterKind, Shared};
 use super::names::{Mlp, Names, Site};
 use super::quantization::Quantization;
 use super::reader::{Index, Place, Reader, expect_shape};
+use super::reading::Reading;
 use super::tensors;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -77,43 +78,34 @@ impl StoredMlp {
 
 impl Source {
     /// The whole layer at a site.
-    pub(super) fn layer(
-        checkpoint: &Checkpoint,
-        family: &'static Family,
-        quantization: Option<Quantization>,
-        site: &Site,
-    ) -> Result<Self> {
-        let names = &family.names;
-        let experts = Some(place(checkpoint, quantization.as_ref(), names, site, names.experts, true)?);
+    pub(super) fn layer(checkpoint: &Checkpoint, reading: &Reading, site: &Site) -> Result<Self> {
+        let names = reading.names;
+        let experts = place(checkpoint, reading.quantization.as_ref(), names, site, names.experts, true)?;
         let router = RouterNames::at(checkpoint, names, site);
-        let (owned, site) = (site.owned(names), Some(site.clone()));
-        Ok(Self { family: family.name, names, quantization, owned, site, router, experts })
+        Ok(Self::new(reading, site.owned(names), Some(site), router, Some(experts)))
     }
 
     /// Only the router of a site.
-    pub(super) fn router_of_layer(
-        checkpoint: &Checkpoint,
-        family: &'static Family,
-        quantization: Option<Quantization>,
-        site: &Site,
-    ) -> Self {
-        let names = &family.names;
-        let router = RouterNames::at(checkpoint, names, site);
-        let (owned, site) = (vec![router.prefix.clone()], Some(site.clone()));
-        Self { family: family.name, names, quantization, owned, site, router, experts: None }
+    pub(super) fn router_of_layer(checkpoint: &Checkpoint, reading: &Reading, site: &Site) -> Self {
+        let router = RouterNames::at(checkpoint, reading.names, site);
+        Self::new(reading, vec![router.prefix.clone()], Some(site), router, None)
     }
 
     /// A router that is alone in its checkpoint, its tensors named by their last component.
-    pub(super) fn bare_router(
-        checkpoint: &Checkpoint,
-        family: &'static Family,
-        quantization: Option<Quantization>,
-        router: RouterKind,
-    ) -> Result<Self> {
-        let names = &family.names;
-        let router = RouterNames::bare(checkpoint, names, router)?;
-        let owned = vec![String::new()];
-        Ok(Self { family: family.name, names, quantization, owned, site: None, router, experts: None })
+    pub(super) fn bare_router(checkpoint: &Checkpoint, reading: &Reading, router: RouterKind) -> Result<Self> {
+        let router = RouterNames::bare(checkpoint, reading.names, router)?;
+        Ok(Self::new(reading, vec![String::new()], None, router, None))
+    }
+
+    fn new(
+        reading: &Reading,
+        owned: Vec<String>,
+        site: Option<&Site>,
+        router: RouterNames,
+        experts: Option<Place>,
+    ) -> Self {
+        let (family, names, quantization) = (reading.family.name, reading.names, reading.quantization.clone());
+        Self { family, names, quantization, owned, site: site.cloned(), router, experts }
     }
 
     fn reader<'a>(&self, checkpoint: &'a Checkpoint) -> Reader<'a, '_> {
@@ -225,7 +217,7 @@ impl Source {
                     SharedGate::None | SharedGate::Joint => None,
                     SharedGate::Sigmoid { format } => {
                         let name = pick(checkpoint, self.names, site, self.names.shared_gate).unwrap_or_default();
-                        Some(reader.plain(&name, *format, [1, spec.hidden_size])?)
+                        Some(reader.row(&name, *format, spec.hidden_size)?)
                     }
                 };
                 (reader.mlps(&place, mlp, spec.hidden_size, index, spec.joint_shares())?, row)

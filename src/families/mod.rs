@@ -24,6 +24,7 @@ mod deepseek_v4;
 mod ernie;
 mod flint;
 mod gemma4;
+mod gguf;
 mod glm;
 mod gpt_oss;
 mod granite;
@@ -199,12 +200,12 @@ impl Resolved {
 /// `config.json`.
 pub fn resolve(checkpoint: &Checkpoint, request: &Request) -> Result<Resolved> {
     let reading = Reading::of(checkpoint)?;
-    let family = reading.family;
-    let sites = names::sites(checkpoint, &family.names);
+    let (family, names) = (reading.family, reading.names);
+    let sites = names::sites(checkpoint, names);
     let whole = |layer: usize| {
-        reading.block(layer)?;
+        gguf::check(checkpoint, family, reading.block(layer)?, false)?;
         let site = reading.site(checkpoint, &sites, layer)?;
-        let source = Source::layer(checkpoint, family, reading.quantization.clone(), site)?;
+        let source = Source::layer(checkpoint, &reading, site)?;
         let resolved = reading.resolved(checkpoint, request, layer, source)?;
         // Reads every name, so that an absent or surplus tensor shows now.
         resolved.weights(checkpoint)?;
@@ -241,14 +242,14 @@ pub fn resolve(checkpoint: &Checkpoint, request: &Request) -> Result<Resolved> {
 /// As [`resolve`]; also for [`Request::activations`] other than `None`, which a router has no use for.
 pub fn resolve_router(checkpoint: &Checkpoint, request: &Request) -> Result<Resolved> {
     let reading = Reading::of(checkpoint)?;
-    let family = reading.family;
-    let sites = names::sites(checkpoint, &family.names);
+    let (family, names) = (reading.family, reading.names);
+    let sites = names::sites(checkpoint, names);
     if request.activations != ActivationQuant::None {
         return Err(reading.unsupported_activations(request.activations, "a router alone reads no experts".into()));
     }
     let top_k = |layer: &usize| reading.block(*layer).is_ok_and(|block| !is_hash(block));
     // A router that is alone says by its tensors whether it is of a layer that a state enters.
-    let state_enters = names::has_states_scale(checkpoint, &family.names);
+    let state_enters = names::has_states_scale(checkpoint, names);
     let same_state = |layer: &usize| match reading.block(*layer).map(|block| block.router) {
         Ok(RouterKind::Mlp { state_size: _, rms_norm_eps: _, previous_state }) => previous_state == state_enters,
         Ok(RouterKind::Linear { input: _, bias: _, transform: _ }) | Err(_) => true,
@@ -258,12 +259,13 @@ pub fn resolve_router(checkpoint: &Checkpoint, request: &Request) -> Result<Reso
         false => sites.keys().copied().find(top_k),
     };
     let layer = request.layer.or_else(first).ok_or_else(|| reading.no_layer(checkpoint))?;
+    gguf::check(checkpoint, family, reading.block(layer)?, true)?;
     let router = reading.block(layer)?.router;
     let source = match sites.is_empty() {
-        true => Source::bare_router(checkpoint, family, reading.quantization.clone(), router)?,
+        true => Source::bare_router(checkpoint, &reading, router)?,
         false => {
             let site = reading.site(checkpoint, &sites, layer)?;
-            Source::router_of_layer(checkpoint, family, reading.quantization.clone(), site)
+            Source::router_of_layer(checkpoint, &reading, site)
         }
     };
     let resolved = reading.resolved(checkpoint, request, layer, source)?;

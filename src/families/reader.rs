@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
+use super::gguf;
 use super::names::{Layout, Parts};
 use super::quantization::Quantization;
-use super::tensors::{Finder, Tensors};
+use super::tensors::{Finder, Tensors, spelt};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, Unsupported};
 use crate::spec::{ActivationQuant, ExpertMlp, GateUpLayout, Orientation, ScaleFormat, WeightFormat};
@@ -213,6 +214,16 @@ impl<'a, 'q> Reader<'a, 'q> {
         self.matrix(&self.own(weight)?, format, shape)
     }
 
+    /// The row of a gate, which llama.cpp stores without a dimension for it.
+    pub(super) fn row(&self, weight: &str, format: WeightFormat, len: usize) -> Result<Matrix<'a>> {
+        let mut view = self.own(weight)?;
+        let shape = &mut view.tensors.codes.shape;
+        if self.checkpoint.is_gguf() && *shape == [len] {
+            *shape = vec![1, len];
+        }
+        self.matrix(&view, format, [1, len])
+    }
+
     fn own(&self, weight: &str) -> Result<View<'a>> {
         let tensors = self.tensors(weight)?;
         Ok(View { tensors, orientation: Orientation::OutIn, part: Rows::All, stack: None })
@@ -223,6 +234,9 @@ impl<'a, 'q> Reader<'a, 'q> {
         let both_plain = tensors.is_plain() && format.parts().blocks.is_none() && !format.parts().row_scale;
         // Another dtype of values or scales is named where they are read.
         let same = kind(tensors.format) == kind(format) && (act_order(format) || !act_order(tensors.format));
+        if !both_plain && !same && self.checkpoint.is_gguf() {
+            return Err(gguf::several_formats(&tensors.codes.name, tensors.format, format));
+        }
         if !both_plain && !same {
             return Err(Error::invalid(
                 tensors.codes.name.to_string(),
@@ -335,10 +349,7 @@ impl<'a, 'q> Reader<'a, 'q> {
             Layout::Fused { gate_up, down, rows: _, orientation: _ } => {
                 self.fused(place, [gate_up, down], mlp, width, index, outputs)
             }
-            Layout::Stacked(parts) => {
-                let views = Views::read(parts, |part| self.own(&format!("{}{part}", place.path)))?;
-                ids.map(|id| self.mlp(mlp, width, views.entry(index.stack(id)), Biases::NONE)).collect()
-            }
+            Layout::Stacked(parts) => self.stacked(place, parts, mlp, width, index),
             Layout::Flat(parts) => self.flat(place, parts, mlp, width, index.count()),
         }
     }
@@ -379,34 +390,56 @@ impl<'a, 'q> Reader<'a, 'q> {
         let [gate_up, down] = [gate_up, down].map(|part| format!("{}{part}", place.path));
         let (both, last) = (self.tensors(&gate_up)?, self.tensors(&down)?);
         let planes = if both.codes.shape.first() == Some(&outputs) { outputs } else { count };
-        let biases = |name: &str, wanted: bool, len: usize| -> Result<Option<Vec<f32>>> {
-            if !wanted {
-                return Ok(None);
-            }
-            let tensor = self.tensor(&format!("{name}_bias"))?;
-            expect_shape(&tensor, &[count, len])?;
-            tensor.to_finite_f32(count * len).map(Some)
-        };
-        let gate_up_bias = biases(&gate_up, mlp.gate_up_bias, 2 * inner)?;
-        let down_bias = biases(&down, mlp.down_bias, width)?;
-        let one = |all: &Option<Vec<f32>>, id: usize, len: usize| {
-            all.as_ref().and_then(|all| all.chunks_exact(len).nth(id)).map(<[f32]>::to_vec)
-        };
+        let gate_up_bias = self.biases(&gate_up, mlp.gate_up_bias, [count, 2 * inner])?;
+        let down_bias = self.biases(&down, mlp.down_bias, [count, width])?;
         let of = |planes: usize| match index {
             Index::One => Index::One,
             Index::Of(_) => Index::Of(planes),
         };
         let view = |tensors: &Tensors<'a>, part, stack| View { tensors: tensors.clone(), orientation, part, stack };
         let read = |id: usize| {
-            let (gate, up) = one(&gate_up_bias, id, 2 * inner).map(|both| split(&both, rows)).unzip();
+            let (gate, up) = entry(&gate_up_bias, id, 2 * inner).map(|both| split(&both, rows)).unzip();
             let views = Views {
                 gate: Some(view(&both, Rows::Gate(rows), of(planes).stack(id))),
                 up: view(&both, Rows::Up(rows), of(planes).stack(id)),
                 down: view(&last, Rows::All, of(count).stack(id)),
             };
-            self.mlp(mlp, width, views, Biases { gate, up, down: one(&down_bias, id, width) })
+            self.mlp(mlp, width, views, Biases { gate, up, down: entry(&down_bias, id, width) })
         };
         (0..count).map(read).collect()
+    }
+
+    fn stacked(
+        &self,
+        place: &Place,
+        parts: &Parts,
+        mlp: &ExpertMlp,
+        width: usize,
+        index: Index,
+    ) -> Result<Vec<MlpWeights<'a>>> {
+        let (inner, count) = (mlp.intermediate_size, index.count());
+        let name = |part: &str| format!("{}{part}", place.path);
+        let views = Views::read(parts, |part| self.own(&name(part)))?;
+        let biases = |part: &str, wanted: bool, len: usize| self.biases(&name(part), wanted, [count, len]);
+        let gate = parts.gate.map_or(Ok(None), |gate| biases(gate, mlp.gate_up_bias, inner))?;
+        let up = biases(parts.up, mlp.gate_up_bias, inner)?;
+        let down = biases(parts.down, mlp.down_bias, width)?;
+        let read = |id: usize| {
+            let biases =
+                Biases { gate: entry(&gate, id, inner), up: entry(&up, id, inner), down: entry(&down, id, width) };
+            self.mlp(mlp, width, views.entry(index.stack(id)), biases)
+        };
+        (0..count).map(read).collect()
+    }
+
+    /// The biases of a matrix of all experts, [E, len].
+    fn biases(&self, weight: &str, wanted: bool, [count, len]: [usize; 2]) -> Result<Option<Vec<f32>>> {
+        if !wanted {
+            return Ok(None);
+        }
+        let tensor = self.tensor(&spelt(weight, "bias"))?;
+        expect_shape(&tensor, &[count, len])?;
+        tensor.to_finite_f32(count * len).map(Some)
     }
 
     fn flat(
@@ -447,6 +480,11 @@ impl<'a, 'q> Reader<'a, 'q> {
             because: "neither config.json nor the family has a use for this tensor of the layer".into(),
         }))
     }
+}
+
+/// One expert's of the biases of all.
+fn entry(all: &Option<Vec<f32>>, id: usize, len: usize) -> Option<Vec<f32>> {
+    all.as_ref().and_then(|all| all.chunks_exact(len).nth(id)).map(<[f32]>::to_vec)
 }
 
 /// Gate and up biases of one expert, `[I]` each, from its `[2 I]`.

@@ -7,9 +7,9 @@ use serde_json::Value;
 use super::config::{self, Config, TextConfig};
 use super::loader::{self, Source, Stored, StoredMlp};
 use super::model::{Block, Family, Gate, Layer, Model, RouterKind, Shared};
-use super::names::Site;
+use super::names::{Names, Site};
 use super::quantization::Quantization;
-use super::{FAMILIES, Request, Resolved, irrelevant};
+use super::{FAMILIES, Request, Resolved, gguf, irrelevant};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, Unsupported};
 use crate::spec::{
@@ -20,6 +20,8 @@ use crate::spec::{
 /// A `config.json` that was read.
 pub(super) struct Reading {
     pub(super) family: &'static Family,
+    /// The family's, or those of GGUF.
+    pub(super) names: &'static Names,
     pub(super) model: Model,
     model_type: String,
     pub(super) quantization: Option<Quantization>,
@@ -32,7 +34,18 @@ impl Reading {
         let text = TextConfig::of(checkpoint.config())?;
         let (family, model_type) = find_family(&text)?;
         let config = Config::new(family.name, text.path, text.text);
-        let (quantization, unknown_quantization) = Quantization::read(family.name, &text, &config)?;
+        let mut note = None;
+        // In GGUF each tensor's type says its format.
+        let (quantization, unknown_quantization) = match checkpoint.is_gguf() {
+            true => {
+                let said = [text.either("quantization_config")?, config.get("expert_dtype")];
+                note = said.into_iter().flatten().find(|value| !value.is_null()).map(|_| {
+                    "quantization_config and expert_dtype are not those of the GGUF files and are not read".to_owned()
+                });
+                (None, Vec::new())
+            }
+            false => Quantization::read(family.name, &text, &config)?,
+        };
         config.get("model_type");
         config.get("quantization_config");
         let model = (family.read)(&config)?;
@@ -53,7 +66,10 @@ impl Reading {
         let mut unknown_keys = config.unknown(&[irrelevant::SHARED, family.irrelevant]);
         unknown_keys.extend(unknown_quantization);
         unknown_keys.extend(text.unknown());
-        Ok(Self { family, model_type, model, quantization, unknown_keys, notes: config.notes() })
+        let names = gguf::names(checkpoint, family, &model);
+        let mut notes = config.notes();
+        notes.extend(note);
+        Ok(Self { family, names, model_type, model, quantization, unknown_keys, notes })
     }
 
     /// A layer that has experts.
@@ -93,7 +109,7 @@ impl Reading {
 
     /// Names of the block in a layer, for messages.
     fn blocks(&self, layer: &str) -> String {
-        let names = &self.family.names;
+        let names = self.names;
         let one = |part: &&str| format!("{}.{layer}.{part}.*", names.layers);
         let modules = names.modules.iter().filter(|module| !module.is_empty());
         modules.chain(names.parts.first()).map(one).collect::<Vec<_>>().join(" or ")

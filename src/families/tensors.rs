@@ -32,11 +32,29 @@ pub(super) struct Tensors<'a> {
 #[derive(Debug, Clone)]
 enum Beside<'a> {
     Nothing,
+    /// The codes are blocks of GGUF, which have scales of their own.
+    Blocks,
     Scales(Tensor<'a>),
-    Nvfp4 { scales: Tensor<'a>, global: Tensor<'a>, divides: bool },
-    PackQuantized { scales: Tensor<'a>, zeros: Option<Tensor<'a>>, g_idx: Option<Tensor<'a>> },
-    Gptq { scales: Tensor<'a>, zeros: Tensor<'a>, zeros_less_one: bool, g_idx: Option<Tensor<'a>> },
-    Awq { scales: Tensor<'a>, zeros: Tensor<'a> },
+    Nvfp4 {
+        scales: Tensor<'a>,
+        global: Tensor<'a>,
+        divides: bool,
+    },
+    PackQuantized {
+        scales: Tensor<'a>,
+        zeros: Option<Tensor<'a>>,
+        g_idx: Option<Tensor<'a>>,
+    },
+    Gptq {
+        scales: Tensor<'a>,
+        zeros: Tensor<'a>,
+        zeros_less_one: bool,
+        g_idx: Option<Tensor<'a>>,
+    },
+    Awq {
+        scales: Tensor<'a>,
+        zeros: Tensor<'a>,
+    },
 }
 
 impl<'a> Tensors<'a> {
@@ -46,6 +64,7 @@ impl<'a> Tensors<'a> {
         let codes = &self.codes;
         match &self.beside {
             Beside::Nothing => Stored::Plain(codes),
+            Beside::Blocks => Stored::Gguf(codes),
             Beside::Scales(scales) => Stored::Scaled { codes, scales },
             Beside::Nvfp4 { scales, global, divides } => Stored::Nvfp4 { codes, scales, global, divides: *divides },
             Beside::PackQuantized { scales, zeros, g_idx } => {
@@ -63,7 +82,8 @@ impl<'a> Tensors<'a> {
     pub(super) fn is_plain(&self) -> bool {
         match self.beside {
             Beside::Nothing => true,
-            Beside::Scales(_)
+            Beside::Blocks
+            | Beside::Scales(_)
             | Beside::Nvfp4 { scales: _, global: _, divides: _ }
             | Beside::PackQuantized { scales: _, zeros: _, g_idx: _ }
             | Beside::Gptq { scales: _, zeros: _, zeros_less_one: _, g_idx: _ }
@@ -77,6 +97,7 @@ impl<'a> Tensors<'a> {
             Beside::PackQuantized { scales: _, zeros: _, g_idx }
             | Beside::Gptq { scales: _, zeros: _, zeros_less_one: _, g_idx } => g_idx.is_some(),
             Beside::Nothing
+            | Beside::Blocks
             | Beside::Scales(_)
             | Beside::Nvfp4 { scales: _, global: _, divides: _ }
             | Beside::Awq { scales: _, zeros: _ } => false,
@@ -87,7 +108,7 @@ impl<'a> Tensors<'a> {
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         let Self { codes, format: _, beside, shape, input_scale, inputs } = self;
         let beside: [Option<&Tensor<'a>>; 3] = match beside {
-            Beside::Nothing => [None, None, None],
+            Beside::Nothing | Beside::Blocks => [None, None, None],
             Beside::Scales(scales) => [Some(scales), None, None],
             Beside::Nvfp4 { scales, global, divides: _ } => [Some(scales), Some(global), None],
             Beside::PackQuantized { scales, zeros, g_idx } => [Some(scales), zeros.as_ref(), g_idx.as_ref()],
@@ -117,7 +138,7 @@ pub(super) fn expected_codes(weight: &str, quantization: Option<&Quantization>) 
 }
 
 /// `PART` beside `MODULE.weight`, or behind a name without such an end.
-fn spelt(weight: &str, part: &str) -> String {
+pub(super) fn spelt(weight: &str, part: &str) -> String {
     match (weight.strip_suffix(".weight"), part.strip_prefix("weight")) {
         (Some(module), _) => format!("{module}.{part}"),
         (None, Some(end)) => format!("{weight}{end}"),
@@ -141,17 +162,20 @@ impl<'a> Finder<'a, '_> {
         let Some((part, codes)) = found else {
             return Err(missing(self.checkpoint, expected_codes(self.weight, self.quantization)));
         };
-        let plain = match (part, codes.dtype) {
-            ("weight", Dtype::F32) => Some(WeightFormat::F32),
-            ("weight", Dtype::F16) => Some(WeightFormat::F16),
-            ("weight", Dtype::BF16) => Some(WeightFormat::Bf16),
-            _ => None,
+        let alone = match (part, codes.dtype) {
+            ("weight", Dtype::F32) => Some((WeightFormat::F32, Beside::Nothing)),
+            ("weight", Dtype::F16) => Some((WeightFormat::F16, Beside::Nothing)),
+            ("weight", Dtype::BF16) => Some((WeightFormat::Bf16, Beside::Nothing)),
+            _ => self.checkpoint.gguf_format(&codes.name)?.map(|format| (format, Beside::Blocks)),
         };
-        if let Some(format) = plain {
-            let (beside, shape, input_scale, inputs) = (Beside::Nothing, None, None, Vec::new());
+        if let Some((format, beside)) = alone {
+            let (shape, input_scale, inputs) = (None, None, Vec::new());
             return Ok(Tensors { codes, format, beside, shape, input_scale, inputs });
         }
         let (format, beside) = match (part, codes.dtype) {
+            _ if self.checkpoint.is_gguf() => {
+                return Err(self.unsupported_dtype(&codes, "numbers of GGUF are F32, F16 or BF16"));
+            }
             ("weight", Dtype::F8_E4M3) => self.fp8(&codes)?,
             ("weight", Dtype::I8 | Dtype::U8) | ("weight_packed", Dtype::U8) => self.bytes(&codes)?,
             ("weight_packed", Dtype::I32) => self.pack_quantized(&codes)?,

@@ -565,7 +565,7 @@ fn decode_row(words: &[u32], input: RowValues, row: usize, cols: usize, padded: 
 impl PackedMatrix {
     /// Scales that the codes of a vector can have; `lower` sees to it that it is 1 or 2.
     fn scales_per_vec(&self) -> usize {
-        let halves = |blocks: PackedBlocks| !blocks.act_order && blocks.cols % 32 != 0 && blocks.per_row > 1;
+        let halves = |blocks: PackedBlocks| !blocks.act_order && !blocks.cols.is_multiple_of(32) && blocks.per_row > 1;
         if self.codes_per_vec() == 32 && self.blocks().is_some_and(halves) { 2 } else { 1 }
     }
 

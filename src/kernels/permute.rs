@@ -53,7 +53,7 @@ impl Permute {
         let sorted_rows = arguments.write("sorted_rows")?;
         let tiles = arguments.write("tiles")?;
         let (mut position, mut count) = (0, 0);
-        for expert in 0..self.num_experts {
+        for (expert, slot) in expert_slots.iter().enumerate().take(self.num_experts) {
             let first = position;
             for row in (0..rows).filter(|&row| usize::try_from(ids[row]) == Ok(expert)) {
                 sorted_rows[position] = row as u32;
@@ -62,7 +62,7 @@ impl Permute {
             for begin in (first..position).step_by(TILE_ROWS) {
                 count += 1;
                 let rows = TILE_ROWS.min(position - begin);
-                let tile = [expert_slots[expert] as u32, begin as u32, rows as u32, 0];
+                let tile = [*slot as u32, begin as u32, rows as u32, 0];
                 tiles[4 * count..4 * count + 4].copy_from_slice(&tile);
             }
         }

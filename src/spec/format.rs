@@ -213,44 +213,64 @@ impl ActivationQuant {
         }
     }
 
+    /// Whether all rows of a call share a scale: then a row's result depends on the others.
+    pub fn shares_scale(&self) -> bool {
+        match self {
+            Self::Dynamic { code: _, span: ScaleSpan::Tensor, rule: _, scale: _ } => true,
+            Self::None
+            | Self::Static { code: _ }
+            | Self::Dynamic { code: _, span: ScaleSpan::Group(_) | ScaleSpan::Token, rule: _, scale: _ } => false,
+        }
+    }
+
     pub(crate) fn validate(&self, path: &'static str, format: WeightFormat) -> Result<()> {
-        let code = match *self {
+        match *self {
             Self::None => return Ok(()),
-            Self::Dynamic { code, span, rule, scale } => {
+            Self::Static { code: ActivationCode::E4m3 | ActivationCode::Int8 } => {}
+            Self::Dynamic { code: ActivationCode::E4m3 | ActivationCode::Int8, span, rule, scale } => {
                 match span {
                     ScaleSpan::Group(group) => width(path, group)?,
                     ScaleSpan::Token | ScaleSpan::Tensor => {}
                 }
+                let power_of_two = match scale {
+                    ActivationScale::F32 => false,
+                    ActivationScale::F32CeilPow2 | ActivationScale::Ue8m0Packed => true,
+                };
                 match rule {
+                    // MAX / amax is no power of two.
+                    ScaleRule::ReciprocalAmax if power_of_two => {
+                        let remedy = "the codes would not be those of the scale";
+                        let found = "ReciprocalAmax with scales of powers of two";
+                        return Err(Error::invalid(path, found, "another rule", remedy));
+                    }
+                    ScaleRule::FlooredScale { upper: Some(upper) } => positive("activation_quant.rule.upper", upper)?,
                     ScaleRule::FlooredAmax
                     | ScaleRule::FlooredAmaxTimesReciprocal
                     | ScaleRule::FlooredScale { upper: None }
                     | ScaleRule::ReciprocalScale
                     | ScaleRule::ReciprocalAmax => {}
-                    ScaleRule::FlooredScale { upper: Some(upper) } => positive("activation_quant.rule.upper", upper)?,
                 }
-                match (scale, rule) {
-                    (ActivationScale::F32, _) => {}
-                    // MAX / amax is no power of two.
-                    (ActivationScale::F32CeilPow2 | ActivationScale::Ue8m0Packed, ScaleRule::ReciprocalAmax) => {
-                        let remedy = "the codes would not be those of the scale";
-                        let found = "ReciprocalAmax with scales of powers of two";
-                        return Err(Error::invalid(path, found, "another rule", remedy));
-                    }
-                    (ActivationScale::F32CeilPow2 | ActivationScale::Ue8m0Packed, _) => {}
-                }
-                code
             }
-            Self::Static { code } => code,
-        };
-        match (code, format) {
+        }
+        match format {
             // Their minima and orders have no place in a sum over codes.
-            (_, WeightFormat::Q4K | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: true }) => {
+            WeightFormat::Q4K | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: true } => {
                 let found = format!("{self:?} with weights of {format:?}");
                 let remedy = "leave activations unquantised (ActivationQuant::None)";
                 Err(Error::invalid(path, found, "weights whose groups are runs of columns without minima", remedy))
             }
-            (ActivationCode::E4m3 | ActivationCode::Int8, _) => Ok(()),
+            WeightFormat::F32
+            | WeightFormat::F16
+            | WeightFormat::Bf16
+            | WeightFormat::Fp8Block { block: _, scale: _ }
+            | WeightFormat::Fp8Tensor
+            | WeightFormat::Fp8Channel
+            | WeightFormat::Int8Channel
+            | WeightFormat::Mxfp4
+            | WeightFormat::Nvfp4
+            | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: false }
+            | WeightFormat::Q8_0
+            | WeightFormat::Q6K => Ok(()),
         }
     }
 }

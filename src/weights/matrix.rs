@@ -6,7 +6,7 @@ use std::borrow::Cow;
 
 use safetensors::Dtype;
 
-use super::parts::{Blocks, Code, PackedScale, Parts};
+use super::parts::{Blocks, Code, PackedScale, Parts, gguf_block};
 use super::tensor::{Tensor, expect_shape};
 use crate::error::{Error, Result};
 use crate::numerics;
@@ -292,15 +292,16 @@ impl<'a> Matrix<'a> {
             row_scales: RowScales::None,
             order: None,
         };
-        if let Some(Blocks { rows: block_rows, cols: _, scale: _, act_order: _ }) = parts.blocks {
-            if block_rows > 1 && (row_step != 1 || first_row % block_rows != 0) {
-                return Err(Error::invalid(
-                    tensor.name.to_string(),
-                    format!("blocks of {block_rows} rows with {part:?}"),
-                    "parts that begin at a block",
-                    "store gate and up as tensors of their own",
-                ));
-            }
+        if let Some(Blocks { rows: block_rows, cols: _, scale: _, act_order: _ }) = parts.blocks
+            && block_rows > 1
+            && (row_step != 1 || first_row % block_rows != 0)
+        {
+            return Err(Error::invalid(
+                tensor.name.to_string(),
+                format!("blocks of {block_rows} rows with {part:?}"),
+                "parts that begin at a block",
+                "store gate and up as tensors of their own",
+            ));
         }
         let scaled = parts.blocks.is_some() || parts.row_scale;
         match stored {
@@ -497,8 +498,20 @@ impl<'a> Matrix<'a> {
         zeros_name: Option<&str>,
         g_idx: Option<&Tensor<'a>>,
     ) -> Result<()> {
-        let WeightFormat::Int4 { group: _, scale: _, zero_points, act_order } = self.format else {
-            return self.expect_format(false, "INT4");
+        let (zero_points, act_order) = match self.format {
+            WeightFormat::Int4 { group: _, scale: _, zero_points, act_order } => (zero_points, act_order),
+            WeightFormat::F32
+            | WeightFormat::F16
+            | WeightFormat::Bf16
+            | WeightFormat::Fp8Block { block: _, scale: _ }
+            | WeightFormat::Fp8Tensor
+            | WeightFormat::Fp8Channel
+            | WeightFormat::Int8Channel
+            | WeightFormat::Mxfp4
+            | WeightFormat::Nvfp4
+            | WeightFormat::Q8_0
+            | WeightFormat::Q4K
+            | WeightFormat::Q6K => return self.expect_format(false, "INT4"),
         };
         if codes.dtype != Dtype::I32 {
             return Err(codes.wrong_dtype(codes.dtype, "I32"));
@@ -621,22 +634,8 @@ impl<'a> Matrix<'a> {
     }
 
     fn gguf(&mut self, place: &Place, codes: &Tensor<'a>) -> Result<()> {
-        let (block, bytes) = match self.format {
-            WeightFormat::Q8_0 => (32, 34),
-            WeightFormat::Q4K => (256, 144),
-            WeightFormat::Q6K => (256, 210),
-            WeightFormat::Mxfp4 => (32, 17),
-            WeightFormat::F32
-            | WeightFormat::F16
-            | WeightFormat::Bf16
-            | WeightFormat::Fp8Block { block: _, scale: _ }
-            | WeightFormat::Fp8Tensor
-            | WeightFormat::Fp8Channel
-            | WeightFormat::Int8Channel
-            | WeightFormat::Nvfp4
-            | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ } => {
-                return self.expect_format(false, "blocks of GGUF");
-            }
+        let Some((block, bytes)) = gguf_block(self.format) else {
+            return self.expect_format(false, "blocks of GGUF");
         };
         if codes.dtype != Dtype::U8 {
             return Err(codes.wrong_dtype(codes.dtype, "U8"));

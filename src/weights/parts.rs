@@ -119,7 +119,9 @@ impl WeightFormat {
             }
             Self::Int4 { group, scale, zero_points, act_order } => {
                 let (code, scale) = match (zero_points, scale) {
-                    (false, scale) => (Code::Int4, scale.packed()),
+                    (false, ScaleFormat::F32 | ScaleFormat::F16 | ScaleFormat::Bf16 | ScaleFormat::E8m0) => {
+                        (Code::Int4, scale.packed())
+                    }
                     (true, ScaleFormat::Bf16) => (Code::Uint4, PackedScale::Bf16Zero),
                     // `validate` refuses the other two.
                     (true, ScaleFormat::F16 | ScaleFormat::F32 | ScaleFormat::E8m0) => {
@@ -132,6 +134,25 @@ impl WeightFormat {
             Self::Q4K => blocks(Code::Uint4, 1, 32, PackedScale::Q4K),
             Self::Q6K => blocks(Code::Int8, 1, 16, PackedScale::Q6K),
         }
+    }
+}
+
+/// Elements and bytes of a block of GGUF, if the format has some.
+pub(crate) fn gguf_block(format: WeightFormat) -> Option<(usize, usize)> {
+    match format {
+        WeightFormat::Q8_0 => Some((32, 34)),
+        WeightFormat::Q4K => Some((256, 144)),
+        WeightFormat::Q6K => Some((256, 210)),
+        WeightFormat::Mxfp4 => Some((32, 17)),
+        WeightFormat::F32
+        | WeightFormat::F16
+        | WeightFormat::Bf16
+        | WeightFormat::Fp8Block { block: _, scale: _ }
+        | WeightFormat::Fp8Tensor
+        | WeightFormat::Fp8Channel
+        | WeightFormat::Int8Channel
+        | WeightFormat::Nvfp4
+        | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ } => None,
     }
 }
 

@@ -9,17 +9,19 @@ use syn::{Item, Pat};
 
 /// Names of the spec's types; the value says whether a pattern on it can fail (an enum of several variants).
 fn spec_types() -> HashMap<String, bool> {
-    let file = syn::parse_file(&std::fs::read_to_string(root().join("src/spec/mod.rs")).unwrap()).unwrap();
-    let types: HashMap<_, _> = file
-        .items
+    let mut paths = vec![];
+    sources(&root().join("src/spec"), &mut paths);
+    let items = |path| syn::parse_file(&std::fs::read_to_string(path).unwrap()).unwrap().items;
+    let types: HashMap<_, _> = paths
         .iter()
+        .flat_map(items)
         .filter_map(|item| match item {
             Item::Struct(item) => Some((item.ident.to_string(), false)),
             Item::Enum(item) => Some((item.ident.to_string(), item.variants.len() > 1)),
             _ => None,
         })
         .collect();
-    assert!(types.len() > 30 && !types["Routing"] && types["RoutingMethod"]);
+    assert!(types.len() > 40 && !types["Routing"] && types["RoutingMethod"] && types["WeightFormat"]);
     types
 }
 
@@ -179,7 +181,7 @@ fn scan(file: &str, text: &str) -> Vec<String> {
     let types = spec_types();
     let mut scan = Scan { types: &types, self_type: None, file: file.into(), found: vec![] };
     scan.visit_file(&syn::parse_file(text).unwrap());
-    if file == "src/spec/mod.rs" {
+    if file.starts_with("src/spec/") {
         let derives = text.lines().enumerate().filter(|(_, line)| line.contains("derive(") && line.contains("Default"));
         scan.found.extend(derives.map(|(line, _)| format!("{file}:{}: Default on a spec type", line + 1)));
     }
@@ -221,6 +223,8 @@ fn the_scan_finds_each_form_that_it_forbids() {
         ("fn f(s: Score) { match s { Score::Softmax => {} other => {} } }", "an arm that takes every other Score"),
         ("fn f(s: Option<Score>) { match s { Some(Score::Softmax) => {} _ => {} } }", "every other Score"),
         ("fn f(s: Score) { match (s, 1) { (Score::Softmax, _) => {} (_, 2) => {} } }", "every other Score"),
+        ("fn f(r: ScaleRule) { match r { ScaleRule::FlooredScale { .. } => {} } }", "`..` in a pattern"),
+        ("fn f(f: WeightFormat) { match f { WeightFormat::F32 => {} _ => {} } }", "every other WeightFormat"),
         ("fn f(s: Score) { if let Score::Softmax = s {} }", "skips its other variants"),
         ("fn f(s: Score) { let Score::Softmax = s else { return }; }", "skips its other variants"),
         ("fn f(s: Score) -> bool { matches!(s, Score::Softmax) }", "`matches!` on Score"),

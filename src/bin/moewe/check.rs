@@ -7,7 +7,7 @@ use moewe::{MoeSpec, MoeWeights, Result, RouterWeights};
 
 use crate::inputs::RandomTokens;
 use crate::metrics;
-use crate::reference_engine::{layer, route};
+use crate::reference_engine::{layer, route, tokens_share_scales};
 
 /// Backends sum in another order than the reference, which sums in f64: f32 sums of a few thousand
 /// random terms lie below 1e-6 relative, far from what a dropped field does (calc_diff beyond 1e-4).
@@ -79,7 +79,8 @@ enum Experts {
     Wrong,
 }
 
-/// Compares ids and weights of all tokens, and the output of as many as the reference computes in seconds.
+/// Compares ids and weights of all tokens, and the output of as many as the reference computes in seconds; of all
+/// where they share scales.
 ///
 /// # Errors
 /// Those of the reference.
@@ -100,7 +101,10 @@ pub fn compare(
     let of = |kind: Experts| judged.iter().filter(|judged| **judged == kind).count();
     let same = |tokens: usize| (0..tokens).filter(|token| judged.get(*token) == Some(&Experts::Same));
 
-    let checkable = (BUDGET / multiply_adds(spec).max(1)).clamp(1, count.max(1));
+    let checkable = match tokens_share_scales(spec) {
+        true => count,
+        false => (BUDGET / multiply_adds(spec).max(1)).clamp(1, count.max(1)),
+    };
     let wanted = layer(spec, weights, &tokens.first(checkable, spec))?.output;
     let output = rows(&outcome.output, spec.hidden_size, same(checkable));
     let wanted = rows(&wanted, spec.hidden_size, same(checkable));

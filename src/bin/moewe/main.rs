@@ -54,7 +54,7 @@ enum Command {
     ///
     /// Exit status: 0 it agrees, 1 it does not or something failed, 2 usage, 3 unsupported.
     Run {
-        /// A folder with config.json and *.safetensors; without it a small layer that is built in.
+        /// A folder with config.json and *.safetensors or *.gguf; without it a small layer that is built in.
         #[arg(value_name = "CHECKPOINT_DIR")]
         checkpoint: Option<PathBuf>,
         #[command(flatten)]

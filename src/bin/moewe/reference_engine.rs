@@ -3,6 +3,7 @@
 use moewe::host::Outcome;
 use moewe::reference::{self, Inputs, Routed};
 use moewe::schedule::Decision;
+use moewe::spec::SharedExperts;
 use moewe::{MoeSpec, MoeWeights, Result, RouterWeights};
 use rayon::prelude::*;
 
@@ -85,10 +86,18 @@ fn append(all: &mut Routed, part: Routed) {
     all.router_states.extend(router_states);
 }
 
-/// [`reference::layer`], tokens in parallel.
+/// Whether a token's output depends on the other tokens of the call.
+pub fn tokens_share_scales(spec: &MoeSpec) -> bool {
+    let shared = spec.shared.as_ref().map(|SharedExperts { mlp, gate: _, combination: _ }| mlp);
+    std::iter::once(&spec.experts).chain(shared).any(|mlp| mlp.activation_quant.shares_scale())
+}
+
+/// [`reference::layer`], tokens in parallel where they can be.
 pub fn layer(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: &Inputs<'_>) -> Result<Outcome> {
-    let parts: Vec<reference::Layer> =
-        rows(spec, inputs).map(|row| reference::layer(spec, weights, row)).collect::<Result<_>>()?;
+    let parts: Vec<reference::Layer> = match tokens_share_scales(spec) {
+        true => vec![reference::layer(spec, weights, *inputs)?],
+        false => rows(spec, inputs).map(|row| reference::layer(spec, weights, row)).collect::<Result<_>>()?,
+    };
     let (mut all, mut output) = (nothing(), vec![]);
     for part in parts {
         append(&mut all, part.routed);

@@ -391,12 +391,12 @@ impl Lowering<'_> {
             (true, true) => {
                 let source = ValueSource::Activated(activated);
                 let names = [scratch.names[1], tables[1].0];
-                self.quantize(&quantizer, names, source, hidden, intermediate_size, tables[1].1, others)?
+                self.quantize(&quantizer, names, (source, hidden), intermediate_size, tables[1].1, others)?
             }
             (true, false) => {
                 let source = ValueSource::Rows { input: FloatType::F32, divisor: 1, weigh: None };
                 let names = [scratch.names[1], tables[1].0];
-                self.quantize(&quantizer, names, source, hidden, intermediate_size, tables[1].1, others)?
+                self.quantize(&quantizer, names, (source, hidden), intermediate_size, tables[1].1, others)?
             }
         };
         if let (true, RowValues::Codes { code, group: _, scales: _ }) = (self.counters.is_some(), second.values) {
@@ -424,7 +424,6 @@ impl Lowering<'_> {
     fn fuses(&mut self, name: &'static str, quant: ActivationQuant) -> bool {
         let (fused, because) = match quant {
             ActivationQuant::None => return false,
-            _ if !self.options.fuse_quantization => (false, "options.fuse_quantization is off"),
             ActivationQuant::Dynamic { code: _, span: ScaleSpan::Tensor, rule: _, scale: _ } => {
                 (false, "one scale for all rows needs the largest magnitude of all of them first")
             }
@@ -434,6 +433,10 @@ impl Lowering<'_> {
             ActivationQuant::Static { code: _ } => {
                 (true, "the scale is known, and nobody else reads the activation unquantised")
             }
+        };
+        let (fused, because) = match self.options.fuse_quantization {
+            true => (fused, because),
+            false => (false, "options.fuse_quantization is off"),
         };
         let choice = if fused { "activation and quantisation in one step" } else { "activation, then quantisation" };
         self.decide(name, choice, because);
@@ -465,7 +468,7 @@ impl Lowering<'_> {
         let by_slot = weigh.is_some() || fixed;
         if by_slot {
             let source = ValueSource::Rows { input: float_type, divisor, weigh };
-            let input = self.quantize(quantizer, names, source, input.buffer, width, table, others)?;
+            let input = self.quantize(quantizer, names, (source, input.buffer), width, table, others)?;
             return Ok(FirstGemm { input, divisor: 1, weigh: None });
         }
         let known =
@@ -475,18 +478,17 @@ impl Lowering<'_> {
         }
         let source = ValueSource::Rows { input: float_type, divisor: 1, weigh: None };
         let by_token = Quantizer { quant: quantizer.quant, matrices: Matrices::Groups, rows_per_token: 1 };
-        let rows = self.quantize(&by_token, names, source, input.buffer, width, table, others)?;
+        let rows = self.quantize(&by_token, names, (source, input.buffer), width, table, others)?;
         self.quantized.push((quantizer.quant, input.buffer, rows));
         Ok(FirstGemm { input: rows, divisor, weigh: None })
     }
 
-    /// Codes and scales of rows, [rows_per_token of each token, cols].
+    /// Codes and scales of rows, [rows_per_token of each token, cols], from values in a buffer.
     fn quantize(
         &mut self,
         quantizer: &Quantizer,
         [name, table_name]: [&'static str; 2],
-        source: ValueSource,
-        from: usize,
+        (source, from): (ValueSource, usize),
         cols: usize,
         table: Table,
         others: &[(&'static str, usize)],
@@ -553,7 +555,7 @@ impl Lowering<'_> {
         };
         let gemv = step(quantize.clone())?;
         let tiled = step(Quantize { scale: by_column(scale, rows), ..quantize })?;
-        self.drafts.push(Draft::ByBucket { gemv, tiled });
+        self.drafts.push(Draft::ByBucket([gemv, tiled].into()));
         Ok(Rows { buffer: codes, values: RowValues::Codes { code, group, scales: layout }, scales: Some(scales) })
     }
 }

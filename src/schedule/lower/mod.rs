@@ -161,8 +161,8 @@ enum Draft {
     Step(Step),
     /// Only where GEMMs are tiled.
     Permute(Step),
-    /// One for each kind of GEMM.
-    ByBucket { gemv: Step, tiled: Step },
+    /// One beside matrix-vector GEMMs and one beside tiled ones.
+    ByBucket(Box<[Step; 2]>),
 }
 
 /// One GEMM before it is cut into segments and variants.
@@ -402,8 +402,10 @@ impl<'a> Lowering<'a> {
                     Draft::Step(step) => steps.push(step.clone()),
                     Draft::Permute(_) if gemv => {}
                     Draft::Permute(step) => steps.push(step.clone()),
-                    Draft::ByBucket { gemv: step, tiled: _ } if gemv => steps.push(step.clone()),
-                    Draft::ByBucket { gemv: _, tiled } => steps.push(tiled.clone()),
+                    Draft::ByBucket(both) => {
+                        let [beside_gemv, beside_tiled] = both.as_ref();
+                        steps.push(if gemv { beside_gemv } else { beside_tiled }.clone());
+                    }
                 }
             }
             self.check_limits(&steps, tokens)?;
