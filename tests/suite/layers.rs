@@ -432,6 +432,9 @@ pub fn ids_and_weights_of_a_caller(count: usize) {
             ..Precision::float32(FloatType::F32, FloatType::F32)
         };
         let layer = RandomLayer::new(spec, seed as u64);
+        // A code beside the middle of two moves by an eighth of its value, which is one of a row's many.
+        let coded = Slack::of(&layer.spec).whole > 0.0;
+        let tolerance = if coded { 0.05 } else { ROW_TOLERANCE };
         let (tokens, k) = (11, layer.spec.top_k);
         let inputs = layer.all_inputs(tokens, 3);
         let selectable = layer.spec.selectable() as i32;
@@ -456,7 +459,7 @@ pub fn ids_and_weights_of_a_caller(count: usize) {
                 let h = layer.spec.hidden_size;
                 for (token, (want, got)) in want.chunks(h).zip(got.chunks(h)).enumerate() {
                     let largest = want.iter().fold(1f32, |largest, value| largest.max(value.abs()));
-                    let close = want.iter().zip(got).all(|(want, got)| same(*want, *got, ROW_TOLERANCE * largest));
+                    let close = want.iter().zip(got).all(|(want, got)| same(*want, *got, tolerance * largest));
                     assert!(close, "{name}: seed {seed}, {options:?}, token {token}: {got:?}, expected {want:?}");
                 }
             }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{Said, arguments, backends, configure, copy_case, moewe, text};
 use crate::samples::{golden, says};
 
-const KEYS: [&str; 22] = [
+const KEYS: [&str; 23] = [
     "status",
     "reason",
     "backend",
