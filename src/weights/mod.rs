@@ -25,17 +25,17 @@ pub struct RouterWeights<'a> {
     pub selection_bias: Option<Vec<f32>>,
     /// Expert ids of each token id, [vocab_size, top_k].
     pub tid2eid: Option<Vec<i32>>,
-    /// `[H]`, what the router multiplies its normed input with ([`RouterInput::RmsNormScaled`]).
+    /// `[H]`, what the router multiplies its normed input with ([`RouterInput::RmsNormScaled`](crate::spec::RouterInput::RmsNormScaled)).
     pub input_scale: Option<Vec<f32>>,
     /// `[E]`, factors on the routing weights.
     pub per_expert_scale: Option<Vec<f32>>,
-    /// Factor on all weights of [`RoutingMethod::JointNorm`].
+    /// Factor on all weights of [`RoutingMethod::JointNorm`](crate::spec::RoutingMethod::JointNorm).
     pub global_scale: Option<f32>,
-    /// The layers of [`Router::Mlp`].
+    /// The layers of [`Router::Mlp`](crate::spec::Router::Mlp).
     pub mlp: Option<RouterMlpWeights<'a>>,
 }
 
-/// Weights of a [`Router::Mlp`]. S is its state's width.
+/// Weights of a [`Router::Mlp`](crate::spec::Router::Mlp). S is its state's width.
 #[derive(Debug, Clone)]
 pub struct RouterMlpWeights<'a> {
     /// W_d [S, H].
@@ -59,7 +59,7 @@ pub struct RouterMlpWeights<'a> {
 }
 
 impl RouterWeights<'_> {
-    /// A router without any weights: that of [`Router::Given`], and where to begin with the others.
+    /// A router without any weights: that of [`Router::Given`](crate::spec::Router::Given), and where to begin with the others.
     pub const NONE: Self = Self {
         weight: None,
         bias: None,
@@ -107,7 +107,7 @@ pub struct MoeWeights<'a> {
     pub router: RouterWeights<'a>,
     /// One entry an expert, by id. Empty where only the routing is planned.
     pub experts: Vec<MlpWeights<'a>>,
-    /// The shared experts': [`MoeSpec::shared_mlps`] of them.
+    /// The shared experts': [`MoeSpec::shared_mlps`](crate::spec::MoeSpec::shared_mlps) of them.
     pub shared: Vec<MlpWeights<'a>>,
     /// [1, H], if the shared expert has a sigmoid gate.
     pub shared_gate: Option<Matrix<'a>>,
@@ -119,7 +119,7 @@ pub struct MoeWeights<'a> {
     pub output_norm: Option<Vec<f32>>,
 }
 
-/// Weights of a [`Latent`]. L is its size.
+/// Weights of a [`Latent`](crate::spec::Latent). L is its size.
 #[derive(Debug, Clone)]
 pub struct LatentWeights<'a> {
     /// [L, H].
@@ -130,14 +130,14 @@ pub struct LatentWeights<'a> {
     pub norm: LatentNormWeights,
 }
 
-/// Weights of a [`LatentNorm`].
+/// Weights of a [`LatentNorm`](crate::spec::LatentNorm).
 #[derive(Debug, Clone, PartialEq)]
 pub enum LatentNormWeights {
-    /// Of [`LatentNorm::None`].
+    /// Of [`LatentNorm::None`](crate::spec::LatentNorm::None).
     None,
-    /// Of [`LatentNorm::Reduced`].
+    /// Of [`LatentNorm::Reduced`](crate::spec::LatentNorm::Reduced).
     Reduced(Vec<f32>),
-    /// Of [`LatentNorm::PreAndPost`].
+    /// Of [`LatentNorm::PreAndPost`](crate::spec::LatentNorm::PreAndPost).
     PreAndPost {
         /// Behind the first norm.
         pre: Vec<f32>,
