@@ -104,7 +104,11 @@ impl<B: Host + Clone> Rotation<B> {
 }
 
 fn layer<B: Host + Clone>(criterion: &mut Criterion, backend: &B, device: &Device) {
+    let wanted = std::env::var("MOEWE_BENCH_CASE").unwrap_or_default();
     for Case { name, spec, fused } in cases() {
+        if !format!("{name}/{}", device.name).contains(&wanted) {
+            continue;
+        }
         let layer = RandomLayer::new(spec, 1);
         for &fuse_quantization in fused {
             let case = match (fused.len(), fuse_quantization) {
