@@ -1,11 +1,13 @@
-//! Faults that other projects had, as tests: rows of the conformance suite that concern unquantised layers.
-//! A name is the row's number and the rule. Rows of quantised formats, LoRA and expert parallelism come with them.
+//! Faults that other projects had, as tests: rows of the conformance suite. A name is the row's number and the
+//! rule. Rows 25, 26 and 27 stand beside what they are about; those of LoRA and expert parallelism come with them.
 
 use moewe::Options;
+use moewe::host::Host;
 use moewe::reference::Inputs;
 use moewe::spec::*;
 
 use crate::layers::{check, check_inputs};
+use crate::random::FORMATS;
 use crate::rig::{GEMV, LayerInputs, RandomLayer, TILED, deepseek_like, gpu};
 
 /// Few and many tokens, through both GEMM kernels.
@@ -77,10 +79,101 @@ fn bug_02_the_shared_expert_is_clamped() {
 
 #[test]
 fn bug_03_the_limit_reaches_every_weight_format() {
-    for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16] {
+    for format in FORMATS {
+        // Widths that every format fits.
         let mut spec = deepseek_like();
+        (spec.hidden_size, spec.experts.intermediate_size) = (256, 256);
+        shared(&mut spec).mlp.intermediate_size = 256;
         (spec.experts.format, shared(&mut spec).mlp.format) = (format, format);
         acts(&spec, |spec| spec.experts.activation = Activation::Swiglu { limit: None }, "limit");
+    }
+}
+
+/// vLLM #42287, #42855: the limit in quantised paths, fused with the quantisation and before it, in the routed and
+/// in the shared expert.
+#[test]
+fn bug_01_and_02_the_limit_reaches_every_quantised_path() {
+    for (quant, format) in [
+        (ActivationQuant::dynamic_fp8(32, ActivationScale::F32), WeightFormat::Fp8Channel),
+        (ActivationQuant::dynamic_fp8(64, ActivationScale::Ue8m0Packed), WeightFormat::Mxfp4),
+        (ActivationQuant::Static { code: ActivationCode::E4m3 }, WeightFormat::Fp8Tensor),
+    ] {
+        let mut spec = deepseek_like();
+        let mlps = [&mut spec.experts, &mut spec.shared.as_mut().unwrap().mlp];
+        for mlp in mlps {
+            (mlp.activation_quant, mlp.format) = (quant, format);
+        }
+        let mut without = spec.clone();
+        without.experts.activation = Activation::Swiglu { limit: None };
+        let mut shared_without = spec.clone();
+        shared(&mut shared_without).mlp.activation = Activation::Swiglu { limit: None };
+        let layer = RandomLayer::new(spec, 61);
+        for fuse_quantization in [true, false] {
+            for base in [GEMV, TILED] {
+                check(&layer, 5, &Options { fuse_quantization, ..base }, "limit behind quantised rows");
+            }
+        }
+        let inputs = layer.all_inputs(5, 7);
+        let with = layer.judge(inputs.view());
+        for lost in [without, shared_without] {
+            let lost = RandomLayer::new(lost, 61).judge(inputs.view());
+            let far = with.output.iter().zip(&lost.output).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            assert!(far > 0.05, "dropping a limit moves the output by {far} only");
+        }
+    }
+}
+
+/// vLLM #39046, #48173: sizes that are no multiple of 128 have partial blocks, each with a scale of its own.
+#[test]
+fn bug_28_partial_blocks_have_their_scales() {
+    for scale in [ScaleFormat::F32, ScaleFormat::E8m0] {
+        let mut spec = deepseek_like();
+        (spec.hidden_size, spec.experts.intermediate_size) = (320, 192);
+        spec.experts.format = WeightFormat::Fp8Block { block: [128, 128], scale };
+        for quant in [ActivationQuant::None, ActivationQuant::dynamic_fp8(128, ActivationScale::F32)] {
+            spec.experts.activation_quant = quant;
+            let layer = RandomLayer::new(spec.clone(), 28);
+            for (tokens, options) in PATHS {
+                check(&layer, tokens, &options, "partial blocks");
+            }
+        }
+    }
+}
+
+/// FlashInfer #3103: the output is dense [T, H], row by row, and nothing behind the last token is touched.
+#[test]
+fn bug_30_the_output_is_dense_and_nothing_behind_it_is_touched() {
+    let layer = RandomLayer::new(deepseek_like(), 30);
+    let h = layer.spec.hidden_size;
+    for options in [GEMV, TILED] {
+        let session = layer.on_gpu(9, &options);
+        let read = || gpu().read(session.output().unwrap()).unwrap();
+        let before = read();
+        for tokens in [1, 4, 9] {
+            let inputs = layer.all_inputs(tokens, 5);
+            let output = session.run(&inputs.view()).unwrap().output;
+            let words = read();
+            let bits: Vec<u32> = output.iter().map(|value| value.to_bits()).collect();
+            assert_eq!(words[..tokens * h], bits, "row t begins at t * H");
+            if tokens == 1 {
+                assert_eq!(words[h..], before[h..], "words behind the last row changed");
+            }
+        }
+    }
+}
+
+/// llama.cpp #25582: one path gives another layer than the others. Whatever the path, format and number of tokens:
+/// the reference's.
+#[test]
+fn bug_37_every_path_gives_the_same_layer() {
+    for format in [WeightFormat::Mxfp4, WeightFormat::Q8_0, WeightFormat::Nvfp4] {
+        let mut spec = deepseek_like();
+        (spec.hidden_size, spec.experts.intermediate_size) = (64, 32);
+        spec.experts.format = format;
+        let layer = RandomLayer::new(spec, 37);
+        for (tokens, options) in PATHS {
+            check(&layer, tokens, &options, "path");
+        }
     }
 }
 

@@ -317,20 +317,13 @@ impl Lowering<'_> {
         if activation_quant.is_on() {
             first =
                 self.quantize_input(&quantizer, first, width, [scratch.names[0], tables[0].0], tables[0].1, others)?;
-            let choice = match activation_quant {
-                ActivationQuant::Static { code: ActivationCode::Int8 }
-                | ActivationQuant::Dynamic { code: ActivationCode::Int8, span: _, rule: _, scale: _ } => {
-                    "emulated INT8"
-                }
-                ActivationQuant::Static { code: ActivationCode::E4m3 }
-                | ActivationQuant::Dynamic { code: ActivationCode::E4m3, span: _, rule: _, scale: _ }
-                | ActivationQuant::None => "emulated FP8",
-            };
             let because = "WGSL has no such type: codes widen to f32, in which their products are exact";
-            self.decide(names[0], choice, because);
-            if let ActivationQuant::Dynamic { code, span: _, rule: _, scale: _ } | ActivationQuant::Static { code } =
-                activation_quant
-            {
+            if let RowValues::Codes { code, group: _, scales: _ } = first.input.values {
+                let choice = match code {
+                    ActivationCode::E4m3 => "emulated FP8",
+                    ActivationCode::Int8 => "emulated INT8",
+                };
+                self.decide(names[0], choice, because);
                 let by_token = first.divisor == rows_per_token && rows_per_token > 1;
                 let (rows, matrices) = if by_token { (1, Matrices::Groups) } else { (rows_per_token, matrices) };
                 let mut buffers = others.to_vec();
