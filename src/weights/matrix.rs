@@ -218,7 +218,7 @@ impl Place {
     }
 
     /// Checks a tensor of one `plane` a matrix, and returns the elements before ours.
-    fn expect(&self, tensor: &Tensor<'_>, plane: &[usize], element: usize) -> Result<usize> {
+    fn locate(&self, tensor: &Tensor<'_>, plane: &[usize], element: usize) -> Result<usize> {
         let mut shape = plane.to_vec();
         if let Some((_, count)) = self.stack {
             shape.insert(0, count);
@@ -229,10 +229,10 @@ impl Place {
     }
 
     /// Likewise, of several shapes that mean the same.
-    fn expect_any(&self, tensor: &Tensor<'_>, planes: &[&[usize]], element: usize) -> Result<usize> {
+    fn locate_any(&self, tensor: &Tensor<'_>, planes: &[&[usize]], element: usize) -> Result<usize> {
         let mut result = Ok(0);
         for plane in planes {
-            result = self.expect(tensor, plane, element);
+            result = self.locate(tensor, plane, element);
             if result.is_ok() {
                 return result;
             }
@@ -375,7 +375,7 @@ impl<'a> Matrix<'a> {
             Orientation::OutIn => ([place.stored_rows, place.cols], place.cols, 1),
             Orientation::InOut => ([place.cols, place.stored_rows], 1, place.stored_rows),
         };
-        let offset = place.expect(codes, &plane, self.parts.code.bits() / 8)?;
+        let offset = place.locate(codes, &plane, self.parts.code.bits() / 8)?;
         self.arrangement = Arrangement::Strided { offset, row, col };
         Ok(())
     }
@@ -409,10 +409,10 @@ impl<'a> Matrix<'a> {
                 } else {
                     &[&[stored_rows, halves]]
                 };
-                (2 * place.expect_any(codes, planes, 1)?, cols)
+                (2 * place.locate_any(codes, planes, 1)?, cols)
             }
             Code::E4m3 | Code::Int8 | Code::Int4 | Code::Uint4 | Code::F32 | Code::F16 | Code::Bf16 => {
-                (place.expect(codes, &[stored_rows, cols], 1)?, cols)
+                (place.locate(codes, &[stored_rows, cols], 1)?, cols)
             }
         };
         self.arrangement = Arrangement::Strided { offset, row, col: 1 };
@@ -458,7 +458,7 @@ impl<'a> Matrix<'a> {
         };
         let rows = place.stored_rows;
         let planes: &[&[usize]] = if each { &[&[rows, 1], &[rows]] } else { &[&[], &[1], &[1, 1]] };
-        let first = place.expect_any(scales, planes, element)?;
+        let first = place.locate_any(scales, planes, element)?;
         let all = scales.to_f32(scales.bytes.len() / element)?;
         if !each {
             return Ok(RowScales::One(all[first]));
@@ -480,7 +480,7 @@ impl<'a> Matrix<'a> {
             return Err(codes.wrong_dtype(codes.dtype, "U8"));
         }
         let halves = self.even_cols(place.cols, 2)?;
-        let offset = 2 * place.expect(codes, &[place.stored_rows, halves], 1)?;
+        let offset = 2 * place.locate(codes, &[place.stored_rows, halves], 1)?;
         self.arrangement = Arrangement::Strided { offset, row: place.cols, col: 1 };
         self.scales = self.parts.blocks.map(|blocks| block_scales(place, scales, blocks)).transpose()?;
         self.row_scales = match self.row_scales_of(place, global)? {
@@ -568,12 +568,12 @@ impl<'a> Matrix<'a> {
         g_idx: Option<&Tensor<'a>>,
     ) -> Result<()> {
         let words = place.cols.div_ceil(8);
-        let offset = 8 * place.expect(codes, &[place.stored_rows, words], 4)?;
+        let offset = 8 * place.locate(codes, &[place.stored_rows, words], 4)?;
         self.arrangement = Arrangement::Strided { offset, row: 8 * words, col: 1 };
         self.scales = self.parts.blocks.map(|blocks| block_scales(place, scales, blocks)).transpose()?;
         let blocks = self.blocks_per_row();
         let read = |tensor: &Tensor<'a>| -> Result<Zeros<'a>> {
-            let offset = place.expect(tensor, &[place.stored_rows.div_ceil(8), blocks], 4)?;
+            let offset = place.locate(tensor, &[place.stored_rows.div_ceil(8), blocks], 4)?;
             Ok(Zeros { bytes: tensor.bytes, along: ZerosAlong::Groups, offset, words: blocks, less_one: false })
         };
         self.int4(codes, zeros.map(read).transpose()?, zeros.map(|zeros| zeros.name.as_ref()), g_idx)
@@ -589,7 +589,7 @@ impl<'a> Matrix<'a> {
     ) -> Result<()> {
         let stored_rows = place.stored_rows;
         let words = self.even_cols(place.cols, 8)?;
-        let offset = place.expect(codes, &[words, stored_rows], 4)?;
+        let offset = place.locate(codes, &[words, stored_rows], 4)?;
         self.arrangement = Arrangement::Gptq { offset, stored_rows };
         self.scales = Some(self.group_major_scales(place, scales)?);
         let zeros_read = self.group_major_zeros(place, zeros, ZerosAlong::Rows, less_one)?;
@@ -603,7 +603,7 @@ impl<'a> Matrix<'a> {
             return Err(Error::invalid(codes.name.to_string(), found, "a multiple of 8", remedy));
         }
         let words = place.stored_rows / 8;
-        let offset = place.expect(codes, &[place.cols, words], 4)?;
+        let offset = place.locate(codes, &[place.cols, words], 4)?;
         self.arrangement = Arrangement::Awq { offset, words };
         self.scales = Some(self.group_major_scales(place, scales)?);
         let zeros_read = self.group_major_zeros(place, zeros, ZerosAlong::RowsAwq, false)?;
@@ -613,7 +613,7 @@ impl<'a> Matrix<'a> {
     /// [groups, out].
     fn group_major_scales(&self, place: &Place, scales: &Tensor<'a>) -> Result<Scales<'a>> {
         let element = scale_size(scales, self.parts.blocks.map_or(PackedScale::F32, |blocks| blocks.scale))?;
-        let offset = place.expect(scales, &[self.blocks_per_row(), place.stored_rows], element)?;
+        let offset = place.locate(scales, &[self.blocks_per_row(), place.stored_rows], element)?;
         Ok(Scales { bytes: scales.bytes, element, offset, row: 1, col: place.stored_rows })
     }
 
@@ -629,7 +629,7 @@ impl<'a> Matrix<'a> {
             return Err(zeros.wrong_dtype(zeros.dtype, "I32"));
         }
         let words = place.stored_rows.div_ceil(8);
-        let offset = place.expect(zeros, &[self.blocks_per_row(), words], 4)?;
+        let offset = place.locate(zeros, &[self.blocks_per_row(), words], 4)?;
         Ok(Zeros { bytes: zeros.bytes, along, offset, words, less_one })
     }
 
@@ -641,7 +641,7 @@ impl<'a> Matrix<'a> {
             return Err(codes.wrong_dtype(codes.dtype, "U8"));
         }
         let row = self.even_cols(place.cols, block)? * bytes;
-        let offset = place.expect(codes, &[place.stored_rows, row], 1)?;
+        let offset = place.locate(codes, &[place.stored_rows, row], 1)?;
         self.arrangement = match self.format {
             WeightFormat::Q8_0 => Arrangement::Q8_0 { offset, row },
             WeightFormat::Q4K => Arrangement::Q4K { offset, row },
@@ -904,7 +904,7 @@ fn block_scales<'a>(place: &Place, scales: &Tensor<'a>, blocks: Blocks) -> Resul
     let Blocks { rows, cols, scale, act_order: _ } = blocks;
     let element = scale_size(scales, scale)?;
     let plane = [place.stored_rows.div_ceil(rows), place.cols.div_ceil(cols.unwrap_or(place.cols))];
-    let offset = place.expect(scales, &plane, element)?;
+    let offset = place.locate(scales, &plane, element)?;
     Ok(Scales { bytes: scales.bytes, element, offset, row: plane[1], col: 1 })
 }
 
