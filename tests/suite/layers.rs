@@ -192,8 +192,8 @@ fn bits(outcome: &Outcome) -> Vec<u32> {
     topk_ids.iter().map(|&id| id as u32).chain(floats.map(|value| value.to_bits())).collect()
 }
 
-/// Random specs a run: 300, or MOEWE_CASES of them (5,000 in a long run).
-fn cases() -> usize {
+/// Random specs a run: SPECS, or MOEWE_CASES of them (5,000 in a long run).
+pub fn cases() -> usize {
     std::env::var("MOEWE_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(SPECS)
 }
 
