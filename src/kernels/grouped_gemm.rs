@@ -595,7 +595,7 @@ impl PackedMatrix {
         let sum = match self.blocks() {
             None => lane_dot(weights, x),
             Some(blocks) => {
-                let row = (packed / (self.pair * blocks.rows) - span[5] as usize) * self.pair + packed % self.pair;
+                let row = blocks.scale_row(self.pair, packed, span[5] as usize);
                 let scales = &segment[span[3] as usize + row * blocks.words..][..blocks.words];
                 if blocks.act_order {
                     let order = &segment[span[7] as usize + packed % self.pair * self.cols..][..self.cols];
@@ -644,7 +644,7 @@ impl PackedMatrix {
         [group, k_block]: [usize; 2],
     ) -> f32 {
         let blocks = self.blocks().map(|blocks| {
-            let row = (packed / (self.pair * blocks.rows) - span[5] as usize) * self.pair + packed % self.pair;
+            let row = blocks.scale_row(self.pair, packed, span[5] as usize);
             (blocks, &segment[span[3] as usize + row * blocks.words..][..blocks.words])
         });
         let row_scale = self.row_scale(segment, span, packed);

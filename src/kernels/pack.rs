@@ -278,7 +278,7 @@ impl PackedMatrix {
         let word = segment[first + col / per_word] >> (code.bits() * (col % per_word));
         let value = numerics::decode(code, word & (u32::MAX >> (32 - code.bits())));
         let scaled = self.blocks().map_or(value, |blocks| {
-            let scale_row = (row / (self.pair * blocks.rows) - span.first_block) * self.pair + row % self.pair;
+            let scale_row = blocks.scale_row(self.pair, row, span.first_block);
             let words = &segment[span.scales + scale_row * blocks.words..][..blocks.words];
             let block = match blocks.act_order {
                 true => segment[span.order + row % self.pair * self.cols + col] as usize,
@@ -317,6 +317,12 @@ pub struct PackedBlocks {
 }
 
 impl PackedBlocks {
+    /// Row of the scales of packed row `row`, in a span whose first block is `first_block`. Twin:
+    /// shaders/fragments/scale_row.wgsl
+    pub(super) fn scale_row(&self, pair: usize, row: usize, first_block: usize) -> usize {
+        (row / (pair * self.rows) - first_block) * pair + row % pair
+    }
+
     /// Appends the scales of the row of blocks that begins at `row`.
     fn pack_row(&self, matrix: &Matrix<'_>, row: usize, words: &mut Vec<u32>) {
         let first = words.len();

@@ -338,37 +338,28 @@ impl Lowering<'_> {
                 (Epilogue::Activation(activated), self.scratch(scratch.hidden, rows_per_token * intermediate_size))
             }
         };
-        self.drafts.push(Draft::Gemm(Gemm {
+        let gemm = Gemm {
             name: names[0],
             part,
             rows,
             input: first.input,
             input_divisor: first.divisor,
             weigh_input: first.weigh,
-            placed: gate_up.clone(),
+            placed: gate_up,
             epilogue,
             out: hidden,
             others: others.to_vec(),
-        }));
+        };
+        self.drafts.push(Draft::Gemm(gemm.clone()));
         if self.counters.is_some() && clamps(activation) {
             // Sums that the layer itself has only in registers are computed once more.
             let sums = match fused {
                 true => hidden,
                 false => {
-                    let sums = self.scratch(scratch.gate_up, rows_per_token * pair * intermediate_size);
-                    self.drafts.push(Draft::Gemm(Gemm {
-                        name: "diagnose.gate_up",
-                        part,
-                        rows,
-                        input: first.input,
-                        input_divisor: first.divisor,
-                        weigh_input: first.weigh,
-                        placed: gate_up,
-                        epilogue: Epilogue::Sums,
-                        out: sums,
-                        others: others.to_vec(),
-                    }));
-                    sums
+                    let out = self.scratch(scratch.gate_up, rows_per_token * pair * intermediate_size);
+                    let epilogue = Epilogue::Sums;
+                    self.drafts.push(Draft::Gemm(Gemm { name: "diagnose.gate_up", epilogue, out, ..gemm }));
+                    out
                 }
             };
             let gate_up = self.spec.precision.gate_up;
@@ -379,15 +370,13 @@ impl Lowering<'_> {
             self.diagnose(part, gate, size, matrices, slot, &buffers)?;
             self.diagnose(part, Counted::ClampedUp { activation, gate_up }, size, matrices, slot + 1, &buffers)?;
         }
-        let second = match (activation_quant.is_on(), fused) {
-            (false, _) => Rows::floats(hidden, FloatType::F32),
-            (true, true) => {
-                let source = ValueSource::Activated(activated);
-                let names = [scratch.names[1], tables[1].0];
-                self.quantize(&quantizer, names, (source, hidden), intermediate_size, tables[1].1, others)?
-            }
-            (true, false) => {
-                let source = ValueSource::Rows { input: FloatType::F32, divisor: 1, weigh: None };
+        let second = match activation_quant.is_on() {
+            false => Rows::floats(hidden, FloatType::F32),
+            true => {
+                let source = match fused {
+                    true => ValueSource::Activated(activated),
+                    false => ValueSource::Rows { input: FloatType::F32, divisor: 1, weigh: None },
+                };
                 let names = [scratch.names[1], tables[1].0];
                 self.quantize(&quantizer, names, (source, hidden), intermediate_size, tables[1].1, others)?
             }

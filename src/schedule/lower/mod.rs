@@ -166,6 +166,7 @@ enum Draft {
 }
 
 /// One GEMM before it is cut into segments and variants.
+#[derive(Clone)]
 struct Gemm {
     name: &'static str,
     part: Part,
