@@ -8,7 +8,7 @@ use safetensors::Dtype;
 
 use crate::error::{Error, Result};
 use crate::spec::WeightFormat;
-use crate::weights::gguf_block;
+use crate::weights::GgufBlock;
 
 const DAMAGED: &str = "the file is cut off or damaged: download or convert it again";
 /// ggml's own limit.
@@ -55,29 +55,25 @@ pub(super) enum Blocks {
 /// How a type of ggml lies in a file.
 enum Kind {
     Plain(Dtype),
-    Blocks { format: WeightFormat, elements: usize, bytes: usize },
+    Blocks(GgufBlock),
     Unread,
 }
 
 impl Kind {
     fn of(ggml_type: u32) -> Self {
-        let blocks = |format| match gguf_block(format) {
-            Some((elements, bytes)) => Self::Blocks { format, elements, bytes },
-            None => Self::Unread,
-        };
         match ggml_type {
             0 => Self::Plain(Dtype::F32),
             1 => Self::Plain(Dtype::F16),
-            8 => blocks(WeightFormat::Q8_0),
-            12 => blocks(WeightFormat::Q4K),
-            14 => blocks(WeightFormat::Q6K),
+            8 => Self::Blocks(GgufBlock::Q8_0),
+            12 => Self::Blocks(GgufBlock::Q4K),
+            14 => Self::Blocks(GgufBlock::Q6K),
             24 => Self::Plain(Dtype::I8),
             25 => Self::Plain(Dtype::I16),
             26 => Self::Plain(Dtype::I32),
             27 => Self::Plain(Dtype::I64),
             28 => Self::Plain(Dtype::F64),
             30 => Self::Plain(Dtype::BF16),
-            39 => blocks(WeightFormat::Mxfp4),
+            39 => Self::Blocks(GgufBlock::Mxfp4),
             _ => Self::Unread,
         }
     }
@@ -358,12 +354,13 @@ impl<'a> Cursor<'a> {
         let (dtype, element, blocks) = match Kind::of(*ggml_type) {
             Kind::Unread => return Ok(None),
             Kind::Plain(dtype) => (dtype, dtype.bitsize() / 8, None),
-            Kind::Blocks { format, elements, bytes } => {
+            Kind::Blocks(block) => {
+                let (elements, bytes) = (block.cols() as u64, block.bytes() as u64);
                 let expected = format!("rows of whole blocks, {elements} elements each");
                 let row = sizes.first_mut().ok_or_else(|| wrong(&expected))?;
-                let whole = row.is_multiple_of(elements as u64).then_some(*row / elements as u64);
-                *row = whole.and_then(|count| count.checked_mul(bytes as u64)).ok_or_else(|| wrong(&expected))?;
-                (Dtype::U8, 1, Some(Blocks::Of(format)))
+                let whole = row.is_multiple_of(elements).then_some(*row / elements);
+                *row = whole.and_then(|count| count.checked_mul(bytes)).ok_or_else(|| wrong(&expected))?;
+                (Dtype::U8, 1, Some(Blocks::Of(block.format())))
             }
         };
         let bytes = sizes.iter().try_fold(element as u64, |bytes, size| bytes.checked_mul(*size));

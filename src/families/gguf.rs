@@ -8,7 +8,7 @@ use super::names::{Layout, MLP, Mlp, Names, Parts, named, stacked};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result, Unsupported};
 use crate::spec::{GateUpLayout, Orientation, RouterInput, RoutingMethod, WeightFormat};
-use crate::weights::gguf_block;
+use crate::weights::GgufBlock;
 
 /// What the names of the parts of a layer begin with, also of those that nothing here reads.
 const PARTS: &[&str] = &[
@@ -125,7 +125,7 @@ pub(super) fn check(checkpoint: &Checkpoint, family: &Family, block: &Block, rou
 
 /// Refuses a matrix that is stored in another format than the first one of its MLP.
 pub(super) fn several_formats(name: &str, found: WeightFormat, first: WeightFormat) -> Error {
-    let value = match gguf_block(found) {
+    let value = match GgufBlock::of(found) {
         Some(_) => format!("{found:?}"),
         None => "plain numbers".into(),
     };

@@ -522,22 +522,9 @@ fn kind(format: WeightFormat) -> WeightFormat {
     }
 }
 
+/// Whether a table says which block a column belongs to.
 fn act_order(format: WeightFormat) -> bool {
-    match format {
-        WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order } => act_order,
-        WeightFormat::F32
-        | WeightFormat::F16
-        | WeightFormat::Bf16
-        | WeightFormat::Fp8Block { block: _, scale: _ }
-        | WeightFormat::Fp8Tensor
-        | WeightFormat::Fp8Channel
-        | WeightFormat::Int8Channel
-        | WeightFormat::Mxfp4
-        | WeightFormat::Nvfp4
-        | WeightFormat::Q8_0
-        | WeightFormat::Q4K
-        | WeightFormat::Q6K => false,
-    }
+    format.parts().blocks.is_some_and(|blocks| blocks.act_order)
 }
 
 pub(super) fn expect_shape(tensor: &Tensor<'_>, expected: &[usize]) -> Result<()> {

@@ -339,8 +339,8 @@ impl<'a> Finder<'a, '_> {
             let fits = group.map_or(1, |group| cols.div_ceil(group)) == groups;
             fits && symmetric == zeros.is_none() && act_order == g_idx.is_some()
         })?;
-        self.expect("weight_zero_point", !scheme.symmetric, zeros.as_ref())?;
-        self.expect("weight_g_idx", scheme.act_order, g_idx.as_ref())?;
+        self.require("weight_zero_point", !scheme.symmetric, zeros.as_ref())?;
+        self.require("weight_g_idx", scheme.act_order, g_idx.as_ref())?;
         let format = self.int4(scheme, &scales, g_idx.as_ref())?;
         Ok((format, Beside::PackQuantized { scales, zeros, g_idx }))
     }
@@ -352,7 +352,7 @@ impl<'a> Finder<'a, '_> {
         match scheme.packing {
             Packing::Gptq { zeros_less_one } => {
                 let g_idx = self.optional("g_idx");
-                self.expect("g_idx", scheme.act_order, g_idx.as_ref())?;
+                self.require("g_idx", scheme.act_order, g_idx.as_ref())?;
                 let format = self.int4(scheme, &scales, g_idx.as_ref())?;
                 Ok((format, Beside::Gptq { scales, zeros, zeros_less_one, g_idx }))
             }
@@ -362,7 +362,7 @@ impl<'a> Finder<'a, '_> {
         }
     }
 
-    fn expect(&self, part: &str, wanted: bool, found: Option<&Tensor<'a>>) -> Result<()> {
+    fn require(&self, part: &str, wanted: bool, found: Option<&Tensor<'a>>) -> Result<()> {
         match wanted && found.is_none() {
             true => Err(missing(self.checkpoint, spelt(self.weight, part))),
             false => Ok(()),

@@ -32,7 +32,7 @@ pub enum Mxfp4Scale {
     Floor,
 }
 
-/// The E8M0 byte of a block with this largest magnitude; 255 if that is NaN.
+/// The E8M0 byte of a block with this largest magnitude; 255 if that is NaN, and an infinity counts as 2^128.
 pub fn mxfp4_scale(rule: Mxfp4Scale, amax: f32) -> u8 {
     let bits = amax.to_bits() & 0x7fff_ffff;
     if bits > 0x7f80_0000 {

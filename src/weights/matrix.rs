@@ -6,7 +6,7 @@ use std::borrow::Cow;
 
 use safetensors::Dtype;
 
-use super::parts::{Blocks, Code, PackedScale, Parts, gguf_block};
+use super::parts::{Blocks, Code, GgufBlock, PackedScale, Parts};
 use super::tensor::{Tensor, expect_shape};
 use crate::error::{Error, Result};
 use crate::numerics;
@@ -125,38 +125,13 @@ pub struct Matrix<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Arrangement {
     /// One behind the other; distances in codes. Of two in a byte the low one comes first.
-    Strided {
-        offset: usize,
-        row: usize,
-        col: usize,
-    },
+    Strided { offset: usize, row: usize, col: usize },
     /// Words of eight codes along columns: word (col / 8) * stored rows + row.
-    Gptq {
-        offset: usize,
-        stored_rows: usize,
-    },
+    Gptq { offset: usize, stored_rows: usize },
     /// Words of eight codes along rows: word col * words + row / 8.
-    Awq {
-        offset: usize,
-        words: usize,
-    },
-    /// GGUF's blocks; bytes of a row.
-    Q8_0 {
-        offset: usize,
-        row: usize,
-    },
-    Q4K {
-        offset: usize,
-        row: usize,
-    },
-    Q6K {
-        offset: usize,
-        row: usize,
-    },
-    Mxfp4 {
-        offset: usize,
-        row: usize,
-    },
+    Awq { offset: usize, words: usize },
+    /// Rows of blocks; offset and distance of rows in bytes.
+    Gguf { block: GgufBlock, offset: usize, row: usize },
 }
 
 /// Nibble of each of eight columns in AWQ's words.
@@ -634,31 +609,15 @@ impl<'a> Matrix<'a> {
     }
 
     fn gguf(&mut self, place: &Place, codes: &Tensor<'a>) -> Result<()> {
-        let Some((block, bytes)) = gguf_block(self.format) else {
+        let Some(block) = GgufBlock::of(self.format) else {
             return self.expect_format(false, "blocks of GGUF");
         };
         if codes.dtype != Dtype::U8 {
             return Err(codes.wrong_dtype(codes.dtype, "U8"));
         }
-        let row = self.even_cols(place.cols, block)? * bytes;
+        let row = self.even_cols(place.cols, block.cols())? * block.bytes();
         let offset = place.locate(codes, &[place.stored_rows, row], 1)?;
-        self.arrangement = match self.format {
-            WeightFormat::Q8_0 => Arrangement::Q8_0 { offset, row },
-            WeightFormat::Q4K => Arrangement::Q4K { offset, row },
-            WeightFormat::Q6K => Arrangement::Q6K { offset, row },
-            WeightFormat::Mxfp4
-            | WeightFormat::F32
-            | WeightFormat::F16
-            | WeightFormat::Bf16
-            | WeightFormat::Fp8Block { block: _, scale: _ }
-            | WeightFormat::Fp8Tensor
-            | WeightFormat::Fp8Channel
-            | WeightFormat::Int8Channel
-            | WeightFormat::Nvfp4
-            | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ } => {
-                Arrangement::Mxfp4 { offset, row }
-            }
-        };
+        self.arrangement = Arrangement::Gguf { block, offset, row };
         Ok(())
     }
 
@@ -781,24 +740,23 @@ impl<'a> Matrix<'a> {
             Arrangement::Awq { offset, words } => {
                 Self::word(bytes, offset + col * words + stored / 8) >> (4 * AWQ_NIBBLE[stored % 8]) & 15
             }
-            Arrangement::Q8_0 { offset, row } => u32::from(bytes[offset + stored * row + col / 32 * 34 + 2 + col % 32]),
-            Arrangement::Mxfp4 { offset, row } => {
-                // A byte holds elements j and j + 16.
-                let byte = bytes[offset + stored * row + col / 32 * 17 + 1 + col % 16];
-                u32::from(byte >> (4 * (col % 32 / 16)) & 15)
-            }
-            Arrangement::Q4K { offset, row } => {
-                // Of each 64 columns, the first half are low nibbles, the second high ones.
-                let (block, within) = (offset + stored * row + col / 256 * 144, col % 256);
-                u32::from(bytes[block + 16 + within / 64 * 32 + within % 32] >> (4 * (within % 64 / 32)) & 15)
-            }
-            Arrangement::Q6K { offset, row } => {
-                // Of each 128 columns: four low bits from two runs of 32 bytes, two high bits from one.
-                let block = &bytes[offset + stored * row + col / 256 * 210..][..210];
-                let (half, within) = (col % 256 / 128, col % 128);
-                let low = block[64 * half + within % 64] >> (4 * (within / 64)) & 15;
-                let high = block[128 + 32 * half + within % 32] >> (2 * (within / 32)) & 3;
-                u32::from((low | high << 4).wrapping_sub(32))
+            Arrangement::Gguf { block, offset, row } => {
+                let bytes = &bytes[offset + stored * row + col / block.cols() * block.bytes()..][..block.bytes()];
+                let col = col % block.cols();
+                match block {
+                    GgufBlock::Q8_0 => u32::from(bytes[2 + col]),
+                    // A byte holds elements j and j + 16.
+                    GgufBlock::Mxfp4 => u32::from(bytes[1 + col % 16] >> (4 * (col / 16)) & 15),
+                    // Of each 64 columns, the first half are low nibbles, the second high ones.
+                    GgufBlock::Q4K => u32::from(bytes[16 + col / 64 * 32 + col % 32] >> (4 * (col % 64 / 32)) & 15),
+                    GgufBlock::Q6K => {
+                        // Of each 128 columns: four low bits from two runs of 32 bytes, two high bits from one.
+                        let (half, within) = (col / 128, col % 128);
+                        let low = bytes[64 * half + within % 64] >> (4 * (within / 64)) & 15;
+                        let high = bytes[128 + 32 * half + within % 32] >> (2 * (within / 32)) & 3;
+                        u32::from((low | high << 4).wrapping_sub(32))
+                    }
+                }
             }
         }
     }
@@ -808,11 +766,21 @@ impl<'a> Matrix<'a> {
         let stored = self.stored_row(row);
         match (self.arrangement, &self.scales) {
             (_, Some(scales)) => scales.bits(stored / self.parts.blocks.map_or(1, |blocks| blocks.rows), block),
-            (Arrangement::Q8_0 { offset, row }, None) => {
-                u32::from(Self::half(self.bytes, offset + stored * row + block * 34))
+            (Arrangement::Gguf { block: kind, offset, row }, None) => {
+                let at = offset + stored * row + block * kind.bytes();
+                match kind {
+                    GgufBlock::Q8_0 => u32::from(Self::half(self.bytes, at)),
+                    GgufBlock::Mxfp4 => u32::from(self.bytes[at]),
+                    // Theirs are `super_block`s.
+                    GgufBlock::Q4K | GgufBlock::Q6K => 0,
+                }
             }
-            (Arrangement::Mxfp4 { offset, row }, None) => u32::from(self.bytes[offset + stored * row + block * 17]),
-            (_, None) => 0,
+            (
+                Arrangement::Strided { offset: _, row: _, col: _ }
+                | Arrangement::Gptq { offset: _, stored_rows: _ }
+                | Arrangement::Awq { offset: _, words: _ },
+                None,
+            ) => 0,
         }
     }
 
@@ -825,26 +793,27 @@ impl<'a> Matrix<'a> {
     pub(crate) fn super_block(&self, row: usize, index: usize) -> [u32; 5] {
         let stored = self.stored_row(row);
         match self.arrangement {
-            Arrangement::Q4K { offset, row } => {
-                let block = &self.bytes[offset + stored * row + index * 144..][..144];
-                let mut words = [Self::word(block, 0), 0, 0, 0, 0];
-                for at in 0..8 {
-                    let [sc, m] = q4_k_scale(&block[4..16], at);
-                    words[1 + at / 2] |= (u32::from(sc) | u32::from(m) << 8) << (16 * (at % 2));
+            Arrangement::Gguf { block, offset, row } => {
+                let bytes = &self.bytes[offset + stored * row + index * block.bytes()..][..block.bytes()];
+                match block {
+                    GgufBlock::Q4K => {
+                        let mut words = [Self::word(bytes, 0), 0, 0, 0, 0];
+                        for at in 0..8 {
+                            let [sc, m] = q4_k_scale(&bytes[4..16], at);
+                            words[1 + at / 2] |= (u32::from(sc) | u32::from(m) << 8) << (16 * (at % 2));
+                        }
+                        words
+                    }
+                    GgufBlock::Q6K => {
+                        let word = |at| Self::word(&bytes[192..208], at);
+                        [u32::from(Self::half(bytes, 208)), word(0), word(1), word(2), word(3)]
+                    }
+                    GgufBlock::Q8_0 | GgufBlock::Mxfp4 => [0; 5],
                 }
-                words
-            }
-            Arrangement::Q6K { offset, row } => {
-                let block = &self.bytes[offset + stored * row + index * 210..][..210];
-                let scales = &block[192..208];
-                let word = |at| Self::word(scales, at);
-                [u32::from(Self::half(block, 208)), word(0), word(1), word(2), word(3)]
             }
             Arrangement::Strided { offset: _, row: _, col: _ }
             | Arrangement::Gptq { offset: _, stored_rows: _ }
-            | Arrangement::Awq { offset: _, words: _ }
-            | Arrangement::Q8_0 { offset: _, row: _ }
-            | Arrangement::Mxfp4 { offset: _, row: _ } => [0; 5],
+            | Arrangement::Awq { offset: _, words: _ } => [0; 5],
         }
     }
 

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 pub use safetensors::Dtype;
 
 pub use matrix::{Matrix, Rows, Stored};
-pub(crate) use parts::gguf_block;
+pub(crate) use parts::GgufBlock;
 pub use parts::{Blocks, Code, PackedScale, Parts};
 pub use tensor::Tensor;
 

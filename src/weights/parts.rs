@@ -137,22 +137,65 @@ impl WeightFormat {
     }
 }
 
-/// Elements and bytes of a block of GGUF, if the format has some.
-pub(crate) fn gguf_block(format: WeightFormat) -> Option<(usize, usize)> {
-    match format {
-        WeightFormat::Q8_0 => Some((32, 34)),
-        WeightFormat::Q4K => Some((256, 144)),
-        WeightFormat::Q6K => Some((256, 210)),
-        WeightFormat::Mxfp4 => Some((32, 17)),
-        WeightFormat::F32
-        | WeightFormat::F16
-        | WeightFormat::Bf16
-        | WeightFormat::Fp8Block { block: _, scale: _ }
-        | WeightFormat::Fp8Tensor
-        | WeightFormat::Fp8Channel
-        | WeightFormat::Int8Channel
-        | WeightFormat::Nvfp4
-        | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ } => None,
+/// A block of GGUF: the codes of a run of columns and their scales, side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GgufBlock {
+    /// An f16 scale, then codes of a byte.
+    Q8_0,
+    /// d, dmin, twelve bytes of scales and minima, then nibbles.
+    Q4K,
+    /// The low four bits, the high two, 16 scales, then d.
+    Q6K,
+    /// An E8M0 byte, then nibbles.
+    Mxfp4,
+}
+
+impl GgufBlock {
+    /// That of a format, if GGUF has one.
+    pub(crate) fn of(format: WeightFormat) -> Option<Self> {
+        match format {
+            WeightFormat::Q8_0 => Some(Self::Q8_0),
+            WeightFormat::Q4K => Some(Self::Q4K),
+            WeightFormat::Q6K => Some(Self::Q6K),
+            WeightFormat::Mxfp4 => Some(Self::Mxfp4),
+            WeightFormat::F32
+            | WeightFormat::F16
+            | WeightFormat::Bf16
+            | WeightFormat::Fp8Block { block: _, scale: _ }
+            | WeightFormat::Fp8Tensor
+            | WeightFormat::Fp8Channel
+            | WeightFormat::Int8Channel
+            | WeightFormat::Nvfp4
+            | WeightFormat::Int4 { group: _, scale: _, zero_points: _, act_order: _ } => None,
+        }
+    }
+
+    /// What such blocks mean.
+    pub(crate) fn format(self) -> WeightFormat {
+        match self {
+            Self::Q8_0 => WeightFormat::Q8_0,
+            Self::Q4K => WeightFormat::Q4K,
+            Self::Q6K => WeightFormat::Q6K,
+            Self::Mxfp4 => WeightFormat::Mxfp4,
+        }
+    }
+
+    /// Columns of one.
+    pub(crate) const fn cols(self) -> usize {
+        match self {
+            Self::Q8_0 | Self::Mxfp4 => 32,
+            Self::Q4K | Self::Q6K => 256,
+        }
+    }
+
+    /// Bytes of one.
+    pub(crate) const fn bytes(self) -> usize {
+        match self {
+            Self::Q8_0 => 34,
+            Self::Q4K => 144,
+            Self::Q6K => 210,
+            Self::Mxfp4 => 17,
+        }
     }
 }
 

@@ -1,10 +1,15 @@
 //! Faults that other projects had, as tests: rows of the conformance suite. A name is the row's number and the
-//! rule. Rows 25, 26 and 27 stand beside what they are about; those of LoRA and expert parallelism come with them.
+//! rule. Rows 26 and 27 stand beside what they are about; those of LoRA and expert parallelism come with them.
+//!
+//! A long file: the whole list in one place.
 
-use moewe::Options;
 use moewe::host::Host;
+use moewe::kernels::pack::{GroupSource, PackedMatrix, SPAN_WORDS, Span};
 use moewe::reference::Inputs;
+use moewe::schedule::{DeviceFacts, lower};
 use moewe::spec::*;
+use moewe::weights::{Dtype, Rows, Stored};
+use moewe::{Matrix, Options, Tensor, numerics};
 
 use crate::layers::{check, check_inputs};
 use crate::random::FORMATS;
@@ -180,8 +185,8 @@ fn bug_37_every_path_gives_the_same_layer() {
 #[test]
 fn bug_04_gate_is_bounded_above_only_and_up_on_both_sides() {
     let limited = Activation::Swiglu { limit: Some(0.75) };
-    let value = |gate, up| moewe::numerics::activate(limited, gate, up);
-    assert_eq!(value(-5.0, 1.0), moewe::numerics::activate(Activation::Swiglu { limit: None }, -5.0, 0.75));
+    let value = |gate, up| numerics::activate(limited, gate, up);
+    assert_eq!(value(-5.0, 1.0), numerics::activate(Activation::Swiglu { limit: None }, -5.0, 0.75));
     assert_eq!(value(1.0, -9.0), -value(1.0, 9.0));
     acts(
         &deepseek_like(),
@@ -369,7 +374,6 @@ fn bug_20_groups_that_do_not_divide_the_experts_are_refused_and_never_ignored() 
 
 #[test]
 fn bug_21_and_45_products_beyond_31_bits_stay_in_chunks() {
-    use moewe::schedule::{DeviceFacts, lower};
     let mut spec = deepseek_like();
     (spec.hidden_size, spec.num_experts, spec.top_k) = (7168, 256, 8);
     spec.experts.intermediate_size = 2048;
@@ -380,10 +384,143 @@ fn bug_21_and_45_products_beyond_31_bits_stay_in_chunks() {
     }
 }
 
+/// An INT4 layer at the size of Kimi-K2's: 384 experts, groups of 32 columns.
+fn kimi_k2() -> MoeSpec {
+    let mut spec = deepseek_like();
+    (spec.hidden_size, spec.num_experts, spec.top_k) = (7168, 384, 8);
+    spec.experts.intermediate_size = 2048;
+    spec.experts.format =
+        WeightFormat::Int4 { group: Some(32), scale: ScaleFormat::Bf16, zero_points: false, act_order: false };
+    spec
+}
+
+/// The packed weights of that layer, for a device with bindings of this size.
+fn kimi_k2_matrix(name: &str, max_binding_bytes: u64) -> PackedMatrix {
+    let facts = DeviceFacts { backend: "test", max_binding_bytes, max_workgroups: 65_535 };
+    let schedule = lower(&kimi_k2(), moewe::Scope::Layer, 4096, &facts, &TILED).unwrap();
+    schedule.matrices.into_iter().find(|matrix| matrix.name == name).unwrap()
+}
+
+/// WebGPU's default, and what large adapters have.
+const BINDINGS: [u64; 2] = [128 << 20, (2 << 30) - 4];
+
+/// vLLM #45884: int32 offsets in kernels for 4-bit weights. Elements of a matrix are beyond 2^32, those of a segment
+/// may be beyond 2^31; what a kernel counts, vectors and words of one segment, is not.
+#[test]
+fn bug_22_offsets_of_four_bit_weights_fit_32_bits() {
+    for (max_binding_bytes, large) in BINDINGS.into_iter().zip([false, true]) {
+        for (name, [rows, cols]) in [("experts.gate_up", [4096, 7168]), ("experts.down", [7168, 2048])] {
+            let matrix = kimi_k2_matrix(name, max_binding_bytes);
+            let all = [384, rows, cols].into_iter().try_fold(1u64, |all, size| all.checked_mul(size)).unwrap();
+            assert!([matrix.groups, matrix.rows, matrix.cols] == [384, rows as usize, cols as usize] && all > 1 << 32);
+            let blocks = matrix.blocks().unwrap();
+            let (row_vecs, scale_words) = (matrix.vecs_per_row() as i32, blocks.words as i32);
+            let (mut placed, mut most) = (0, 0);
+            for (at, segment) in matrix.segments.iter().enumerate() {
+                let words = i32::try_from(segment.words).unwrap();
+                assert!(4 * segment.words as u64 <= max_binding_bytes);
+                let mut elements = 0;
+                for (span, row) in segment.spans.iter().map(|span| (span, span.group * SPAN_WORDS)) {
+                    // As the kernels read it: rows, vectors of codes, words of scales.
+                    let table = &matrix.span_table(at)[row..][..SPAN_WORDS];
+                    let entry = |at: usize| i32::try_from(table[at]).unwrap();
+                    let [begin, end, codes, scales] = [0, 1, 2, 3].map(entry);
+                    assert_eq!([begin, end, 4 * codes, scales].map(|entry| entry as usize), {
+                        [span.row_begin, span.row_end, span.codes, span.scales]
+                    });
+                    let last = end - 1 - begin;
+                    let vec = last.checked_mul(row_vecs).and_then(|vec| vec.checked_add(codes + row_vecs - 1)).unwrap();
+                    assert_eq!(vec.checked_mul(4).and_then(|word| word.checked_add(4)), Some(scales));
+                    let behind = last.checked_add(1).and_then(|rows| rows.checked_mul(scale_words)).unwrap();
+                    assert!(scales.checked_add(behind).unwrap() <= words);
+                    elements += u64::from((end - begin) as u32) * cols;
+                }
+                placed += elements;
+                most = most.max(elements);
+            }
+            assert_eq!(placed, all);
+            assert_eq!(most > 1 << 31, large, "{name}: {most} elements in a segment");
+        }
+    }
+}
+
+/// Likewise from the checkpoint to the packed weights: the last expert of a stack of 2^33 codes, in a file with a hole
+/// where the others would be.
+#[test]
+fn bug_22_the_last_expert_of_a_stack_is_itself() {
+    use std::io::{Seek, SeekFrom, Write};
+    let (experts, rows, cols, group) = (384, 4096, 7168, 32);
+    let (row_bytes, groups) = (cols / 2, cols / group);
+    let sizes = [experts * rows * row_bytes, experts * rows * groups * 2];
+    let entry = |dtype: &str, width: usize, start: usize, end: usize| serde_json::json!({"dtype": dtype, "shape": [experts, rows, width], "data_offsets": [start, end]});
+    let header = serde_json::json!({
+        "codes": entry("I32", cols / 8, 0, sizes[0]), "scales": entry("BF16", groups, sizes[0], sizes[0] + sizes[1]),
+    });
+    let header = header.to_string();
+    let first = 8 + header.len();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("config.json"), "{}").unwrap();
+    let mut file = std::fs::File::create(dir.path().join("model.safetensors")).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    file.set_len((first + sizes[0] + sizes[1]) as u64).unwrap();
+    // The scales of the last expert, and the codes of its last rows of gate (2,047) and up (4,095).
+    let rng = &mut fastrand::Rng::with_seed(22);
+    let scales: Vec<u16> = (0..rows * groups).map(|_| rng.u16(0x3c00..0x3e00)).collect();
+    let codes: Vec<u8> = (0..2 * row_bytes).map(|_| rng.u8(..)).collect();
+    let mut put = |at: usize, bytes: &[u8]| {
+        file.seek(SeekFrom::Start((first + at) as u64)).unwrap();
+        file.write_all(bytes).unwrap();
+    };
+    put(sizes[0] + sizes[1] - 2 * scales.len(), bytemuck::cast_slice(&scales));
+    put(sizes[0] - (rows / 2 + 1) * row_bytes, &codes[..row_bytes]);
+    put(sizes[0] - row_bytes, &codes[row_bytes..]);
+
+    let checkpoint = moewe::Checkpoint::open(dir.path()).unwrap();
+    let [stored, stored_scales] = ["codes", "scales"].map(|name| checkpoint.tensor(name).unwrap());
+    let format = kimi_k2().experts.format;
+    let view = |rows, at| {
+        let stored = Stored::PackQuantized { codes: &stored, scales: &stored_scales, zeros: None, g_idx: None };
+        Matrix::view(stored, format, Orientation::OutIn, rows, Some((at, experts)), [2048, cols])
+    };
+    let parts = [Rows::Gate(GateUpLayout::Halves), Rows::Up(GateUpLayout::Halves)];
+    let matrices = parts.map(|part| view(part, experts - 1).unwrap());
+    // The one before it is the hole.
+    assert!(view(parts[1], experts - 2).unwrap_err().to_string().contains("a scale of 0"));
+    let value = |part: usize, row: usize, col: usize| {
+        let byte = if row == 2047 { codes[part * row_bytes + col / 2] } else { 0 };
+        let scale = f32::from_bits(u32::from(scales[(2048 * part + row) * groups + col / group]) << 16);
+        (f32::from(byte >> (4 * (col % 2)) & 15) - 8.0) * scale
+    };
+    for max_binding_bytes in BINDINGS {
+        let mut matrix = kimi_k2_matrix("experts.gate_up", max_binding_bytes);
+        let mut last = matrix.segments.pop().unwrap();
+        last.spans.retain(|span| span.group == experts - 1);
+        let span = last.spans[0];
+        assert_eq!(span.row_end, rows);
+        // Only this run of rows, wherever it lies.
+        let mut memory = vec![u32::MAX; last.words - span.codes];
+        matrix.segments = vec![last];
+        let source = |_| Ok(GroupSource { matrices: matrices.iter().collect(), biases: vec![] });
+        let write = &mut |first: usize, words: &[u32]| {
+            memory[first - span.codes..][..words.len()].copy_from_slice(words);
+            Ok(())
+        };
+        matrix.pack(0, &source, write).unwrap();
+        let here = Span { codes: 0, scales: span.scales - span.codes, bias: span.bias - span.codes, ..span };
+        for row in [span.row_begin, span.row_begin + 1, rows - 4, rows - 3, rows - 2, rows - 1] {
+            for col in 0..cols {
+                let (part, feature) = (row % 2, row / 2);
+                let want = value(part, feature, col);
+                assert_eq!(matrices[part].get(feature, col), want, "stored ({row}, {col})");
+                assert_eq!(matrix.value(&memory, &here, row, col), want, "packed ({row}, {col})");
+            }
+        }
+    }
+}
+
 #[test]
 fn bug_23_interleaved_rows_are_not_halves() {
-    use moewe::Matrix;
-    use moewe::weights::{Dtype, Rows, Stored, Tensor};
     let bytes: Vec<u8> = (0..12u32).flat_map(|value| (value as f32).to_le_bytes()).collect();
     let tensor = Tensor { name: "gate_up_proj".into(), dtype: Dtype::F32, shape: vec![4, 3], bytes: &bytes };
     let first = |rows| {
@@ -412,6 +549,93 @@ fn bug_24_rows_are_judged_one_by_one_however_small_they_are() {
             let size = want.iter().map(|value| value * value).sum::<f32>().sqrt();
             let off = want.iter().zip(got).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt();
             assert!(size > 0.0 && off <= 1e-4 * size, "{off} of {size}");
+        }
+    }
+}
+
+/// vLLM #43557, aiter #3992, #3212: the exponent of a sixth of the largest magnitude. Ours is the smallest power of two
+/// with which nothing saturates (CEIL): the largest magnitude itself at 6 powers, twice as much from just above on.
+/// Whatever was chosen, a code means its value times that power.
+#[test]
+fn bug_25_mxfp4_blocks_are_scaled_by_the_power_that_reaches_their_largest_value() {
+    let beside = |value: f32, step: i32| f32::from_bits(value.to_bits().wrapping_add_signed(step));
+    for power in [-120, -37, -1, 0, 1, 90] {
+        let two = 2f32.powi(power);
+        // (largest of a block, its scale, what it decodes to): 7 is a tie of 3 and 4 at twice the power.
+        let blocks = [
+            (4.0 * two, two, 4.0 * two),
+            (beside(4.0 * two, 1), two, 4.0 * two),
+            (5.0 * two, two, 4.0 * two),
+            (beside(6.0 * two, -1), two, 6.0 * two),
+            (6.0 * two, two, 6.0 * two),
+            (beside(6.0 * two, 1), 2.0 * two, 6.0 * two),
+            (7.0 * two, 2.0 * two, 8.0 * two),
+            (beside(8.0 * two, -1), 2.0 * two, 8.0 * two),
+        ];
+        let bytes = blocks.map(|(amax, scale, _)| {
+            let byte = numerics::mxfp4_scale(numerics::Mxfp4Scale::Ceil, amax);
+            assert_eq!(numerics::decode_e8m0(byte), scale, "{amax:e}");
+            byte
+        });
+        // A row of blocks, each with its largest value at another place and sign, among all other codes.
+        let negative = |block: usize| block % 2 == 1;
+        let value = |block: usize, col: usize| {
+            let (amax, scale, _) = blocks[block];
+            let sign = if negative(block) { -1.0 } else { 1.0 };
+            let other = numerics::decode_e2m1(((col + block) % 8) as u8 + 8 * (col % 2) as u8);
+            if col == 4 * block { sign * amax } else { (other * scale).clamp(-amax, amax) }
+        };
+        let code = |block: usize, col: usize| numerics::encode_e2m1(value(block, col) / blocks[block].1).unwrap();
+        let all = (0..8).flat_map(|block| (0..32).map(move |col| (block, col)));
+        let codes: Vec<u8> = all.clone().map(|(block, col)| code(block, col)).collect();
+        let packed: Vec<u8> = codes.chunks(2).map(|pair| pair[0] | pair[1] << 4).collect();
+        // ggml's block: the byte, then codes j and j + 16.
+        let ggml = bytes
+            .iter()
+            .zip(codes.chunks(32))
+            .flat_map(|(byte, codes)| std::iter::once(*byte).chain((0..16).map(|at| codes[at] | codes[at + 16] << 4)));
+        let ggml: Vec<u8> = ggml.collect();
+        let tensor =
+            |bytes, shape: &[usize]| Tensor { name: "w".into(), dtype: Dtype::U8, shape: shape.to_vec(), bytes };
+        let scales = tensor(&bytes, &[1, 8]);
+        let (halves, rows, blocks_of_16) =
+            (tensor(&packed, &[1, 128]), tensor(&ggml, &[1, 136]), tensor(&packed, &[1, 8, 16]));
+        for stored in [
+            Stored::Scaled { codes: &halves, scales: &scales },
+            Stored::Scaled { codes: &blocks_of_16, scales: &scales },
+            Stored::Gguf(&rows),
+        ] {
+            let matrix =
+                Matrix::view(stored, WeightFormat::Mxfp4, Orientation::OutIn, Rows::All, None, [1, 256]).unwrap();
+            let placed = PackedMatrix {
+                name: "test",
+                groups: 1,
+                rows: 1,
+                cols: 256,
+                format: WeightFormat::Mxfp4,
+                pair: 1,
+                bias: false,
+                segments: vec![],
+            };
+            let placed = placed.place("test", 1 << 20).unwrap();
+            let mut memory = vec![u32::MAX; placed.segments[0].words];
+            let source = |_| Ok(GroupSource { matrices: vec![&matrix], biases: vec![] });
+            let write = &mut |first: usize, words: &[u32]| {
+                memory[first..][..words.len()].copy_from_slice(words);
+                Ok(())
+            };
+            placed.pack(0, &source, write).unwrap();
+            for (block, col) in all.clone() {
+                let (amax, scale, decoded) = blocks[block];
+                let at = 32 * block + col;
+                let got = matrix.get(0, at);
+                assert_eq!(placed.value(&memory, &placed.segments[0].spans[0], 0, at), got);
+                assert_eq!(got, numerics::decode_e2m1(codes[at]) * scale);
+                if col == 4 * block {
+                    assert_eq!(got.abs(), decoded, "{amax:e}");
+                    assert_eq!(got < 0.0, negative(block));
+                }
+            }
         }
     }
 }

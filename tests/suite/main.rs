@@ -5,6 +5,7 @@ mod bugs;
 mod configs;
 mod contracts;
 mod diagnostics;
+mod encoders;
 mod families;
 mod family_golden;
 mod family_specs;

@@ -1,5 +1,7 @@
 //! Every published arrangement of quantised weights: from small checkpoints to the values that a plain loop gives,
 //! and the refusals by name.
+//!
+//! A long file: a writer of each arrangement, beside the tests that read it back.
 
 use moewe::error::{Error, Unsupported};
 use moewe::families::{Request, resolve};
