@@ -116,6 +116,9 @@ struct Callers<B: Host> {
     expert_hidden_states: Option<B::Buffer>,
     logits: Option<B::Buffer>,
     previous_router_states: Option<B::Buffer>,
+    adapter_ids: Option<B::Buffer>,
+    counts: Option<B::Buffer>,
+    row_weights: Option<B::Buffer>,
     output: Option<B::Buffer>,
 }
 
@@ -174,6 +177,9 @@ impl<B: Host> Session<B> {
             expert_hidden_states: of(Contents::ExpertHiddenStates)?,
             logits: of(Contents::GivenLogits)?,
             previous_router_states: of(Contents::PreviousRouterStates)?,
+            adapter_ids: of(Contents::AdapterIds)?,
+            counts: of(Contents::Counts)?,
+            row_weights: of(Contents::RowWeights)?,
             output: of(Contents::Output)?,
         };
         let layout = plan.scratch_layout().buffers;
@@ -185,6 +191,9 @@ impl<B: Host> Session<B> {
             expert_hidden_states: callers.expert_hidden_states.as_ref(),
             logits: callers.logits.as_ref(),
             previous_router_states: callers.previous_router_states.as_ref(),
+            adapter_ids: callers.adapter_ids.as_ref(),
+            counts: callers.counts.as_ref(),
+            topk_weights: callers.row_weights.as_ref(),
             ..Io::of(&callers.hidden_states)
         };
         let bound = plan.bind(&io, &scratch)?;
@@ -226,8 +235,17 @@ impl<B: Host> Session<B> {
                 "plan for more tokens",
             ));
         }
-        let Callers { hidden_states, token_ids, expert_hidden_states, logits, previous_router_states, output: _ } =
-            &self.callers;
+        let Callers {
+            hidden_states,
+            token_ids,
+            expert_hidden_states,
+            logits,
+            previous_router_states,
+            adapter_ids,
+            counts,
+            row_weights,
+            output: _,
+        } = &self.callers;
         let Shape { hidden_size, top_k: _, outputs, shares: _, state_size, input, output: _ } = self.shape;
         host.write(hidden_states, 0, &encode(input, inputs.hidden_states))?;
         if let Some(buffer) = token_ids {
@@ -243,6 +261,17 @@ impl<B: Host> Session<B> {
         }
         if let Some(buffer) = previous_router_states {
             let values = rows("router_states", inputs.router_states, tokens * state_size)?;
+            host.write(buffer, 0, &encode(FloatType::F32, values))?;
+        }
+        if let Some(buffer) = adapter_ids {
+            host.write(buffer, 0, bytemuck::cast_slice(rows("adapter_ids", inputs.adapter_ids, tokens)?))?;
+        }
+        if let Some(buffer) = counts {
+            let slots = host.buffer_bytes(buffer) as usize / 4;
+            host.write(buffer, 0, rows("counts", inputs.counts, slots)?)?;
+        }
+        if let Some(buffer) = row_weights {
+            let values = rows("row_weights", inputs.row_weights, tokens)?;
             host.write(buffer, 0, &encode(FloatType::F32, values))?;
         }
         Ok(tokens)

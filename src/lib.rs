@@ -105,4 +105,4 @@ pub use plan::{Backend, Bound, Io, Plan, Scratch, ScratchLayout, Tokens, support
 pub use schedule::{Options, Schedule};
 pub use spec::MoeSpec;
 pub use support::Scope;
-pub use weights::{InputScales, Matrix, MlpWeights, MoeWeights, RouterWeights, Tensor};
+pub use weights::{InputScales, LoraWeights, Matrix, MlpWeights, MoeWeights, RouterWeights, Tensor};

@@ -14,7 +14,7 @@ use crate::kernels::pack::GroupSource;
 use crate::schedule::{self, Buffer, Contents, DeviceFacts, Gemms, Options, Part, Schedule, Step, Table};
 use crate::spec::MoeSpec;
 use crate::support::Scope;
-use crate::weights::{InputScales, LatentNormWeights, Matrix, MlpWeights, MoeWeights, RouterWeights};
+use crate::weights::{InputScales, LatentNormWeights, LoraWeights, Matrix, MlpWeights, MoeWeights, RouterWeights};
 
 /// A device API. Everything a backend must do; nothing here has a default.
 pub trait Backend: Sized {
@@ -114,7 +114,8 @@ pub struct Io<'a, B: Backend> {
     pub output: Option<&'a B::Buffer>,
     /// i32 [T, k] instead of the scratch's: written by the routing, read by the experts.
     pub topk_ids: Option<&'a B::Buffer>,
-    /// f32 [T, k] instead of the scratch's.
+    /// f32 [T, k] instead of the scratch's; with a batched entry f32 `[T]`, required if weights act inside of the
+    /// experts, refused otherwise.
     pub topk_weights: Option<&'a B::Buffer>,
     /// [T, H] of the spec's input type; required if the experts read another input, refused otherwise.
     pub expert_hidden_states: Option<&'a B::Buffer>,
@@ -128,6 +129,13 @@ pub struct Io<'a, B: Backend> {
     pub router_states: Option<&'a B::Buffer>,
     /// f32 [T, n] instead of the scratch's: the shares of joint normalisation.
     pub shared_weights: Option<&'a B::Buffer>,
+    /// i32 `[T]`, -1 for none; required if there are adapters, refused otherwise.
+    pub adapter_ids: Option<&'a B::Buffer>,
+    /// u32 `[slots]`, rows of each slot; required for a batched entry, refused otherwise.
+    pub counts: Option<&'a B::Buffer>,
+    /// i32 [E, replicas] instead of the spec's table, for [`Placement::Map`](crate::spec::Placement); what an encoder
+    /// writes there holds from the next recorded call on. Whose weights a slot has is the caller's matter.
+    pub expert_slots: Option<&'a B::Buffer>,
 }
 
 impl<'a, B: Backend> Io<'a, B> {
@@ -144,6 +152,9 @@ impl<'a, B: Backend> Io<'a, B> {
             previous_router_states: None,
             router_states: None,
             shared_weights: None,
+            adapter_ids: None,
+            counts: None,
+            expert_slots: None,
         }
     }
 }
@@ -289,6 +300,9 @@ impl<B: Backend> Plan<B> {
                 | Contents::TopkIds
                 | Contents::TopkWeights
                 | Contents::ExpertHiddenStates
+                | Contents::AdapterIds
+                | Contents::Counts
+                | Contents::RowWeights
                 | Contents::GivenLogits
                 | Contents::PreviousRouterStates
                 | Contents::RouterStates
@@ -306,6 +320,7 @@ impl<B: Backend> Plan<B> {
                     Some(target)
                 }
                 Contents::Spans { matrix, segment } => filled(&schedule.matrices[matrix].span_table(segment))?,
+                Contents::Table(Table::ExpertSlots) => filled(bytemuck::cast_slice(&schedule.expert_slots))?,
                 Contents::Table(which) => filled(&table(which, buffer, router, weights)?)?,
             });
         }
@@ -347,6 +362,9 @@ impl<B: Backend> Plan<B> {
                 Contents::HiddenStates => Some(io.hidden_states),
                 Contents::TokenIds => io.token_ids,
                 Contents::ExpertHiddenStates => io.expert_hidden_states,
+                Contents::AdapterIds => io.adapter_ids,
+                Contents::Counts => io.counts,
+                Contents::RowWeights => io.topk_weights,
                 Contents::GivenLogits => io.logits,
                 Contents::PreviousRouterStates => io.previous_router_states,
                 Contents::Output => io.output,
@@ -359,6 +377,7 @@ impl<B: Backend> Plan<B> {
                     found.push(None);
                     continue;
                 }
+                Contents::Table(Table::ExpertSlots) => io.expert_slots.or(owned.as_ref()),
                 Contents::Segment { matrix: _, segment: _ }
                 | Contents::Spans { matrix: _, segment: _ }
                 | Contents::Table(_) => owned.as_ref(),
@@ -421,6 +440,11 @@ impl<B: Backend> Plan<B> {
             ("router_states", io.router_states.is_some(), Contents::RouterStates),
             ("shared_weights", io.shared_weights.is_some(), Contents::SharedWeights),
             ("output", io.output.is_some(), Contents::Output),
+            ("adapter_ids", io.adapter_ids.is_some(), Contents::AdapterIds),
+            ("counts", io.counts.is_some(), Contents::Counts),
+            ("expert_slots", io.expert_slots.is_some(), Contents::Table(Table::ExpertSlots)),
+            ("topk_ids", io.topk_ids.is_some(), Contents::TopkIds),
+            ("topk_weights", io.topk_weights.is_some() && !wants(Contents::TopkWeights), Contents::RowWeights),
         ] {
             if given && !wants(contents) {
                 return Err(Error::invalid(name, "a buffer", "none", "this plan does not use it: pass None"));
@@ -468,8 +492,8 @@ fn table(
     let mlp = router.mlp.as_ref();
     let norm = weights.and_then(|weights| weights.latent.as_ref()).map(|latent| &latent.norm);
     let values: Option<&[f32]> = match which {
-        // The plan's own: slot e is expert e.
-        Table::ExpertSlots => return Ok((0..buffer.bytes as u32 / 4).collect()),
+        // The schedule has it.
+        Table::ExpertSlots => None,
         Table::Tid2eid => return Ok(router.tid2eid.iter().flatten().map(|&id| id as u32).collect()),
         Table::SelectionBias => router.selection_bias.as_deref(),
         Table::PerExpertScale => router.per_expert_scale.as_deref(),
@@ -508,6 +532,13 @@ fn input_scales(mlps: Option<&Vec<MlpWeights<'_>>>, gemm: Gemms) -> Vec<u32> {
     mlps.into_iter().flatten().filter_map(|mlp| mlp.input_scales.as_ref()).map(one).collect()
 }
 
+/// Group adapter * slots + slot.
+fn lora<'a>(weights: Option<&'a MoeWeights<'a>>, group: usize) -> Option<&'a LoraWeights<'a>> {
+    let weights = weights?;
+    let slots = weights.experts.len().max(1);
+    weights.lora.get(group / slots)?.get(group % slots)
+}
+
 /// Where the rows of a packed matrix come from.
 fn source<'a>(
     name: &'static str,
@@ -538,6 +569,11 @@ fn source<'a>(
         "router.out" => mlp.map(|mlp| plain(&mlp.out)),
         "experts.gate_up" => weights.and_then(|weights| weights.experts.get(group)).map(gate_up),
         "experts.down" => weights.and_then(|weights| weights.experts.get(group)).map(down),
+        "lora.gate_up_a" => lora(weights, group).map(|lora| plain(&lora.gate_up_a)),
+        "lora.gate_up_b" => lora(weights, group)
+            .map(|lora| GroupSource { matrices: lora.gate_b.iter().chain([&lora.up_b]).collect(), biases: vec![] }),
+        "lora.down_a" => lora(weights, group).map(|lora| plain(&lora.down_a)),
+        "lora.down_b" => lora(weights, group).map(|lora| plain(&lora.down_b)),
         "shared.gate_up" => weights.and_then(|weights| weights.shared.get(group)).map(gate_up),
         "shared.down" => weights.and_then(|weights| weights.shared.get(group)).map(down),
         "shared.gate" => weights.and_then(|weights| weights.shared_gate.as_ref()).map(plain),

@@ -8,13 +8,13 @@
 use crate::error::{Error, Result};
 use crate::numerics::{self, SpanScale};
 use crate::spec::{
-    ActivationQuant, ActivationRounding, ChosenScore, CombineOrder, CombineRounding, ExpertInput, ExpertMlp,
-    GroupScore, Groups, Latent, LatentNorm, LogitTransform, MoeSpec, NanPolicy, OutputNorm, Rounding, Router,
-    RouterInput, Routing, RoutingMethod, ScaleSpan, Score, SelectionKey, SharedCombination, SharedExperts, SharedGate,
-    WeightPosition, ZeroExpertKind, ZeroExperts,
+    ActivationQuant, ActivationRounding, ChosenScore, CombineOrder, CombineRounding, Entry, ExpertInput, ExpertMlp,
+    GroupScore, Groups, Latent, LatentNorm, LogitTransform, Lora, LoraDelta, MoeSpec, NanPolicy, OutputNorm, Rounding,
+    Router, RouterInput, Routing, RoutingMethod, ScaleSpan, Score, SelectionKey, SharedCombination, SharedExperts,
+    SharedGate, Slot, WeightPosition, ZeroExpertKind, ZeroExperts,
 };
 use crate::support::{self, Scope};
-use crate::weights::{LatentNormWeights, Matrix, MlpWeights, MoeWeights, RouterMlpWeights, RouterWeights};
+use crate::weights::{LatentNormWeights, LoraWeights, Matrix, MlpWeights, MoeWeights, RouterMlpWeights, RouterWeights};
 
 /// What enters a layer, widened to f32.
 #[derive(Debug, Clone, Copy)]
@@ -29,12 +29,27 @@ pub struct Inputs<'a> {
     pub expert_hidden_states: Option<&'a [f32]>,
     /// [T, S], the previous layer's [`Routed::router_states`], if a state enters the router.
     pub router_states: Option<&'a [f32]>,
+    /// `[T]`, -1 for none, if there are adapters.
+    pub adapter_ids: Option<&'a [i32]>,
+    /// `[slots]`, rows of each slot, for [`Entry::Batched`](crate::spec::Entry).
+    pub counts: Option<&'a [u32]>,
+    /// `[T]`, for a batched entry whose weights act inside of the experts.
+    pub row_weights: Option<&'a [f32]>,
 }
 
 impl<'a> Inputs<'a> {
     /// What most layers read: hidden states and nothing else.
     pub fn of(hidden_states: &'a [f32]) -> Self {
-        Self { hidden_states, token_ids: None, logits: None, expert_hidden_states: None, router_states: None }
+        Self {
+            hidden_states,
+            token_ids: None,
+            logits: None,
+            expert_hidden_states: None,
+            router_states: None,
+            adapter_ids: None,
+            counts: None,
+            row_weights: None,
+        }
     }
 }
 
@@ -70,6 +85,7 @@ pub struct Layer {
 pub fn route(spec: &MoeSpec, router: &RouterWeights<'_>, inputs: Inputs<'_>) -> Result<Routed> {
     spec.validate()?;
     support::landed("reference", spec, Scope::Routing)?;
+    spec.expect_routing()?;
     router.check(spec)?;
     let tokens = token_count(spec, inputs.hidden_states)?;
     let mut routed = Routed {
@@ -102,13 +118,23 @@ pub fn route(spec: &MoeSpec, router: &RouterWeights<'_>, inputs: Inputs<'_>) -> 
 /// # Errors
 /// As [`route`].
 pub fn layer(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: Inputs<'_>) -> Result<Layer> {
-    let routed = route(spec, &weights.router, inputs)?;
+    let routed = match spec.entry {
+        Entry::TokenMajor => route(spec, &weights.router, inputs)?,
+        Entry::Batched { capacity: _ } => Routed {
+            logits: vec![],
+            topk_ids: vec![],
+            topk_weights: inputs.row_weights.unwrap_or_default().to_vec(),
+            shared_weights: vec![],
+            router_states: vec![],
+        },
+    };
     let output = experts(spec, weights, inputs, &routed)?;
     Ok(Layer { routed, output })
 }
 
 /// Computes everything behind ids and weights, which may be the caller's: ids of selectable outputs, or
-/// -1 for no contribution; any other makes the token's row NaN.
+/// -1 for no contribution; any other makes the token's row NaN. So does an id of an adapter that is none. With
+/// [`Entry::Batched`](crate::spec::Entry) there are no ids, and weights only where they act inside of the experts.
 ///
 /// # Errors
 /// As [`route`], and ids or weights that are not [T, k].
@@ -118,11 +144,16 @@ pub fn experts(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: Inputs<'_>, rou
     weights.check(spec)?;
     let tokens = token_count(spec, inputs.hidden_states)?;
     let Routed { logits: _, topk_ids, topk_weights, shared_weights, router_states: _ } = routed;
-    let shares = spec.joint_shares();
+    let shares = if spec.entry.is_batched() { 0 } else { spec.joint_shares() };
+    let [ids, row_weights] = match spec.entry {
+        Entry::TokenMajor => [spec.top_k, spec.top_k],
+        Entry::Batched { capacity: _ } => [0, usize::from(spec.routing.weight_position != WeightPosition::Output)],
+    };
     for (field, found, width) in [
-        ("topk_ids", topk_ids.len(), spec.top_k),
-        ("topk_weights", topk_weights.len(), spec.top_k),
+        ("topk_ids", topk_ids.len(), ids),
+        ("topk_weights", topk_weights.len(), row_weights),
         ("shared_weights", shared_weights.len(), shares),
+        ("adapter_ids", inputs.adapter_ids.map_or(0, <[i32]>::len), usize::from(spec.lora.is_some())),
     ] {
         if found != tokens * width {
             let expected = format!("{tokens} rows of {width}");
@@ -141,17 +172,15 @@ pub fn experts(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: Inputs<'_>, rou
             ));
         }
     };
-    let chosen: Vec<Vec<(i32, f32)>> = (0..tokens)
-        .map(|token| {
-            let slots = token * spec.top_k..(token + 1) * spec.top_k;
-            slots.map(|slot| (topk_ids[slot], topk_weights[slot])).collect()
-        })
-        .collect();
+    let chosen = match spec.entry {
+        Entry::TokenMajor => chosen(spec, inputs, routed, tokens),
+        Entry::Batched { capacity } => batched(spec, inputs, routed, tokens, capacity)?,
+    };
     let largest = Largest::find(spec, weights, read, &chosen);
     let mut output = Vec::with_capacity(read.len());
     for ((token, x), chosen) in read.chunks_exact(spec.hidden_size).enumerate().zip(chosen) {
         let shares = &shared_weights[token * shares..(token + 1) * shares];
-        let mut row = token_output(spec, weights, x, chosen, shares, &largest);
+        let mut row = token_output(spec, weights, x, &chosen, shares, &largest);
         if let (Some(OutputNorm { eps }), Some(weight)) = (spec.output_norm, &weights.output_norm) {
             let sum: Vec<f32> = row.iter().map(|&value| value as f32).collect();
             row = multiply(&rms_norm(&sum, eps), weight).into_iter().map(f64::from).collect();
@@ -193,12 +222,100 @@ pub fn input_codes(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: Inputs<'_>)
     Ok(all)
 }
 
+/// What a slot of a token's row asks for.
+#[derive(Debug, Clone, Copy)]
+struct Chosen {
+    /// For the order of the sum.
+    id: i32,
+    weight: f32,
+    from: From,
+    /// Its adapter.
+    adapter: Option<usize>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum From {
+    /// A slot.
+    Expert(usize),
+    ZeroExpert,
+    /// An expert that is elsewhere, or -1.
+    Nobody,
+    /// An id that nobody has: NaN.
+    Fault,
+}
+
+/// What each token's ids mean on this device.
+fn chosen(spec: &MoeSpec, inputs: Inputs<'_>, routed: &Routed, tokens: usize) -> Vec<Vec<Chosen>> {
+    let one = |row: usize| {
+        let (id, token) = (routed.topk_ids[row], row / spec.top_k);
+        let from = match usize::try_from(id) {
+            Err(_) if id == -1 => From::Nobody,
+            Ok(id) if id < spec.num_experts => match spec.placement.slot(id, token) {
+                Slot::Here(slot) => From::Expert(slot),
+                Slot::Elsewhere => From::Nobody,
+                Slot::Missing => From::Fault,
+            },
+            Ok(id) if id < spec.selectable() => match spec.adds_common_terms() {
+                true => From::ZeroExpert,
+                false => From::Nobody,
+            },
+            Ok(_) | Err(_) => From::Fault,
+        };
+        Chosen { id, weight: routed.topk_weights[row], from, adapter: None }.adapted(spec, inputs, token)
+    };
+    (0..tokens).map(|token| (token * spec.top_k..(token + 1) * spec.top_k).map(one).collect()).collect()
+}
+
+/// The slot of each row of a batched entry.
+fn batched(
+    spec: &MoeSpec,
+    inputs: Inputs<'_>,
+    routed: &Routed,
+    rows: usize,
+    capacity: usize,
+) -> Result<Vec<Vec<Chosen>>> {
+    let counts = inputs.counts.unwrap_or_default();
+    if counts.len() != spec.num_slots() || rows != counts.len() * capacity {
+        return Err(Error::invalid(
+            "counts",
+            format!("{} counts, {rows} rows", counts.len()),
+            format!("{} counts, {capacity} rows each", spec.num_slots()),
+            "give [slots, capacity, hidden_size] and a count for each slot",
+        ));
+    }
+    let one = |row: usize| {
+        let slot = row / capacity;
+        let weight = routed.topk_weights.get(row).copied().unwrap_or(1.0);
+        let one = Chosen { id: slot as i32, weight, from: From::Expert(slot), adapter: None };
+        one.adapted(spec, inputs, row)
+    };
+    let exists = |row: usize| row % capacity < counts[row / capacity] as usize;
+    Ok((0..rows).map(|row| if exists(row) { vec![one(row)] } else { vec![] }).collect())
+}
+
+impl Chosen {
+    /// With the adapter of its token.
+    fn adapted(mut self, spec: &MoeSpec, inputs: Inputs<'_>, token: usize) -> Self {
+        if let (Some(Lora { num_adapters, rank: _, format: _, delta: _ }), Some(ids)) = (&spec.lora, inputs.adapter_ids)
+        {
+            match (usize::try_from(ids[token]), self.from) {
+                (Ok(adapter), _) if adapter < *num_adapters => self.adapter = Some(adapter),
+                (Err(_), _) if ids[token] == -1 => {}
+                // An adapter that nobody has; who asks for no expert asks for no adapter.
+                (_, From::Expert(_)) => self.from = From::Fault,
+                (_, From::ZeroExpert | From::Nobody | From::Fault) => {}
+            }
+        }
+        self
+    }
+}
+
 /// One token's row before the norm on it and the rounding to the output type.
 fn token_output(
     spec: &MoeSpec,
     weights: &MoeWeights<'_>,
     x: &[f32],
-    mut chosen: Vec<(i32, f32)>,
+    chosen: &[Chosen],
     shares: &[f32],
     largest: &Largest,
 ) -> Vec<f64> {
@@ -215,27 +332,24 @@ fn token_output(
             f64::from(numerics::round_to(precision.model, weight * numerics::round_to(precision.model, value)))
         }
     };
+    let mut chosen = chosen.to_vec();
     match precision.combine_order {
         CombineOrder::Slot => {}
-        CombineOrder::Expert => chosen.sort_by_key(|(id, _)| *id),
+        CombineOrder::Expert => chosen.sort_by_key(|one| one.id),
     }
     let entering = expert_input(spec, weights, x);
     let mut sum = vec![0f64; entering.len()];
-    for (id, weight) in chosen {
-        let Ok(id) = usize::try_from(id) else {
-            if id != -1 {
+    for one in chosen {
+        let weight = one.weight;
+        let (row, on_output) = match (one.from, spec.routing.zero_experts) {
+            (From::Nobody, _) => continue,
+            (From::Fault, _) => {
                 sum.fill(f64::NAN);
+                continue;
             }
-            continue;
-        };
-        if id >= spec.selectable() {
-            sum.fill(f64::NAN);
-            continue;
-        }
-        let (row, on_output) = match (weights.experts.get(id), spec.routing.zero_experts) {
-            (Some(expert), _) => {
-                let position = spec.routing.weight_position;
-                let row = mlp(spec, &spec.experts, expert, &entering, weight, position, &largest.experts);
+            (From::Expert(slot), _) => {
+                let row = ExpertRow::routed(spec, &entering, &one, slot, weights);
+                let row = mlp(spec, &spec.experts, &weights.experts[slot], row, &largest.experts);
                 let row = match (&spec.latent, weights.latent.as_ref().map(|latent| &latent.norm)) {
                     (
                         Some(Latent { size: _, format: _, norm: LatentNorm::PreAndPost { pre_eps: _, post_eps } }),
@@ -249,8 +363,10 @@ fn token_output(
                 };
                 (row, on_output)
             }
-            (None, Some(ZeroExperts { count: _, kind: ZeroExpertKind::Identity })) => (entering.clone(), weight),
-            (None, Some(ZeroExperts { count: _, kind: ZeroExpertKind::Skip }) | None) => continue,
+            (From::ZeroExpert, Some(ZeroExperts { count: _, kind: ZeroExpertKind::Identity })) => {
+                (entering.clone(), weight)
+            }
+            (From::ZeroExpert, Some(ZeroExperts { count: _, kind: ZeroExpertKind::Skip }) | None) => continue,
         };
         for (sum, value) in sum.iter_mut().zip(row) {
             *sum = step(*sum + weighted(on_output, value));
@@ -285,7 +401,7 @@ fn token_output(
                 (SharedGate::Sigmoid { format: _ }, None) | (SharedGate::None, _) => 1.0,
             };
             let factor = step(f64::from(factor)) as f32;
-            let row = mlp(spec, shape, shared, x, 1.0, WeightPosition::Output, &largest.shared);
+            let row = mlp(spec, shape, shared, ExpertRow::of(x), &largest.shared);
             for (sum, value) in sum.iter_mut().zip(row) {
                 // What the roundings of a weighted row are to the routed experts, they are not to this one,
                 // unless every step is rounded.
@@ -652,7 +768,7 @@ struct Largest {
 }
 
 impl Largest {
-    fn find(spec: &MoeSpec, weights: &MoeWeights<'_>, rows: &[f32], chosen: &[Vec<(i32, f32)>]) -> Self {
+    fn find(spec: &MoeSpec, weights: &MoeWeights<'_>, rows: &[f32], chosen: &[Vec<Chosen>]) -> Self {
         let none = TensorAmax { input: f32::NAN, hidden: f32::NAN };
         let mut largest = Self { experts: none, shared: none };
         let rows = || rows.chunks_exact(spec.hidden_size);
@@ -665,19 +781,18 @@ impl Largest {
             for find_hidden in [false, true] {
                 for (x, chosen) in rows().zip(chosen) {
                     let entering = expert_input(spec, weights, x);
-                    for (id, weight) in chosen {
-                        let expert = usize::try_from(*id).ok().and_then(|id| weights.experts.get(id));
-                        let Some(expert) = expert else { continue };
+                    for one in chosen {
+                        let From::Expert(slot) = one.from else { continue };
+                        let row = ExpertRow::routed(spec, &entering, one, slot, weights);
                         match find_hidden {
-                            false => inputs.extend(weighted_input(spec, &entering, *weight, position)),
+                            false => inputs.extend(row.weighted(spec)),
                             true => {
-                                let args = (&entering[..], *weight, position);
-                                hidden.extend(hidden_row(spec, mlp, expert, args, &largest.experts));
+                                hidden.extend(hidden_row(spec, mlp, &weights.experts[slot], row, &largest.experts));
                             }
                         }
                     }
                     // Rows that no weight has touched are quantised once a token, chosen experts or not.
-                    if !find_hidden && position != WeightPosition::Input {
+                    if !find_hidden && position != WeightPosition::Input && !spec.entry.is_batched() {
                         inputs.extend(entering);
                     }
                 }
@@ -689,10 +804,9 @@ impl Largest {
             spec.shared.as_ref().filter(|shared| shared.mlp.activation_quant.shares_scale())
         {
             largest.shared.input = rows().map(numerics::largest_magnitude).fold(0.0, larger);
-            let position = WeightPosition::Output;
             let hidden = rows().flat_map(|x| weights.shared.iter().map(move |shared| (x, shared)));
             let hidden = hidden.map(|(x, shared)| {
-                numerics::largest_magnitude(&hidden_row(spec, mlp, shared, (x, 1.0, position), &largest.shared))
+                numerics::largest_magnitude(&hidden_row(spec, mlp, shared, ExpertRow::of(x), &largest.shared))
             });
             largest.shared.hidden = hidden.fold(0.0, larger);
         }
@@ -761,14 +875,48 @@ impl Entering {
     }
 }
 
-/// What enters the first GEMM before it is quantised.
-fn weighted_input(spec: &MoeSpec, x: &[f32], weight: f32, position: WeightPosition) -> Vec<f32> {
-    let precision = &spec.precision;
-    match position {
-        WeightPosition::Output | WeightPosition::BeforeDown => x.to_vec(),
-        WeightPosition::Input => {
-            x.iter().map(|x| numerics::round_to(precision.rounded(precision.weighted_input), x * weight)).collect()
+/// A row on its way through an expert.
+#[derive(Clone, Copy)]
+struct ExpertRow<'a> {
+    x: &'a [f32],
+    weight: f32,
+    position: WeightPosition,
+    /// How deltas join, if this expert may have adapters.
+    delta: Option<LoraDelta>,
+    lora: Option<&'a LoraWeights<'a>>,
+}
+
+impl<'a> ExpertRow<'a> {
+    /// One that nothing weights or adapts.
+    fn of(x: &'a [f32]) -> Self {
+        Self { x, weight: 1.0, position: WeightPosition::Output, delta: None, lora: None }
+    }
+
+    /// What a token's slot sends through a routed expert.
+    fn routed(spec: &MoeSpec, x: &'a [f32], one: &Chosen, slot: usize, weights: &'a MoeWeights<'_>) -> Self {
+        let lora = one.adapter.and_then(|adapter| weights.lora.get(adapter)).and_then(|experts| experts.get(slot));
+        let position = spec.routing.weight_position;
+        Self { x, weight: one.weight, position, delta: spec.lora.as_ref().map(|lora| lora.delta), lora }
+    }
+
+    /// What enters the first GEMM before it is quantised.
+    fn weighted(&self, spec: &MoeSpec) -> Vec<f32> {
+        let rounded = spec.precision.rounded(spec.precision.weighted_input);
+        match self.position {
+            WeightPosition::Output | WeightPosition::BeforeDown => self.x.to_vec(),
+            WeightPosition::Input => self.x.iter().map(|x| numerics::round_to(rounded, x * self.weight)).collect(),
         }
+    }
+}
+
+/// A GEMM's sum with what an adapter adds to it: `B (A x)`, of which `inner` is `A x`.
+fn adapt(spec: &MoeSpec, row: &ExpertRow<'_>, sum: f32, b: Option<&Matrix<'_>>, inner: &[f32], at: usize) -> f32 {
+    let added = b.map_or(0.0, |b| dot(b, at, inner));
+    let model = |value| numerics::round_to(spec.precision.model, value);
+    match row.delta {
+        None => sum,
+        Some(LoraDelta::F32) => sum + added,
+        Some(LoraDelta::Model) => model(model(sum) + model(added)),
     }
 }
 
@@ -777,24 +925,32 @@ fn hidden_row(
     spec: &MoeSpec,
     shape: &ExpertMlp,
     weights: &MlpWeights<'_>,
-    (x, weight, position): (&[f32], f32, WeightPosition),
+    entering: ExpertRow<'_>,
     amax: &TensorAmax,
 ) -> Vec<f32> {
     let precision = &spec.precision;
     let rounded = |rounding: Rounding, value: f32| numerics::round_to(precision.rounded(rounding), value);
-    let before_down = match position {
+    let before_down = match entering.position {
         WeightPosition::Output | WeightPosition::Input => None,
-        WeightPosition::BeforeDown => Some(weight),
+        WeightPosition::BeforeDown => Some(entering.weight),
     };
-    let MlpWeights { gate, up, down: _, gate_bias, up_bias, down_bias: _, input_scales } = weights;
+    let MlpWeights { gate, up, down, gate_bias, up_bias, down_bias: _, input_scales } = weights;
     let bias = |bias: &Option<Vec<f32>>, row: usize| bias.as_ref().map_or(0.0, |bias| bias[row]);
     let fixed = input_scales.map(|scales| scales.gate_up);
-    let x = Entering::of(weighted_input(spec, x, weight, position), shape.activation_quant, fixed, amax.input);
-    (0..shape.intermediate_size)
+    let x = entering.weighted(spec);
+    // Adapters read what enters before it is quantised.
+    let inner = entering.lora.map(|lora| project(&lora.gate_up_a, &x)).unwrap_or_default();
+    let x = Entering::of(x, shape.activation_quant, fixed, amax.input);
+    let [up_b, gate_b] = [entering.lora.map(|lora| &lora.up_b), entering.lora.and_then(|lora| lora.gate_b.as_ref())];
+    (0..down.shape()[1])
         .map(|row| {
-            let up = rounded(precision.gate_up, x.dot(up, row) + bias(up_bias, row));
+            let up = adapt(spec, &entering, x.dot(up, row), up_b, &inner, row) + bias(up_bias, row);
+            let up = rounded(precision.gate_up, up);
             let gate = match gate {
-                Some(gate) => rounded(precision.gate_up, x.dot(gate, row) + bias(gate_bias, row)),
+                Some(gate) => {
+                    let sum = adapt(spec, &entering, x.dot(gate, row), gate_b, &inner, row);
+                    rounded(precision.gate_up, sum + bias(gate_bias, row))
+                }
                 None => up,
             };
             let [gate, up] = numerics::activate_parts(shape.activation, gate, up);
@@ -810,18 +966,13 @@ fn hidden_row(
 }
 
 /// One expert on one row, unweighted except where the weight acts inside.
-fn mlp(
-    spec: &MoeSpec,
-    shape: &ExpertMlp,
-    weights: &MlpWeights<'_>,
-    x: &[f32],
-    weight: f32,
-    position: WeightPosition,
-    amax: &TensorAmax,
-) -> Vec<f32> {
-    let hidden = hidden_row(spec, shape, weights, (x, weight, position), amax);
+fn mlp(spec: &MoeSpec, shape: &ExpertMlp, weights: &MlpWeights<'_>, row: ExpertRow<'_>, amax: &TensorAmax) -> Vec<f32> {
+    let hidden = hidden_row(spec, shape, weights, row, amax);
+    let inner = row.lora.map(|lora| project(&lora.down_a, &hidden)).unwrap_or_default();
+    let down_b = row.lora.map(|lora| &lora.down_b);
     let fixed = weights.input_scales.map(|scales| scales.down);
     let hidden = Entering::of(hidden, shape.activation_quant, fixed, amax.hidden);
     let bias = |row: usize| weights.down_bias.as_ref().map_or(0.0, |bias| bias[row]);
-    (0..weights.down.shape()[0]).map(|row| hidden.dot(&weights.down, row) + bias(row)).collect()
+    let down = &weights.down;
+    (0..down.shape()[0]).map(|at| adapt(spec, &row, hidden.dot(down, at), down_b, &inner, at) + bias(at)).collect()
 }

@@ -4,9 +4,9 @@ use std::borrow::Cow;
 
 use crate::error::Unsupported;
 use crate::spec::{
-    Activation, ActivationQuant, ActivationRounding, BlockScale, CombineOrder, CombineRounding, Entry, ExpertInput,
-    ExpertMlp, Latent, LatentNorm, MoeSpec, Placement, Precision, Rounding, Router, RouterInput, Routing,
-    SharedExperts, TensorShard,
+    Activation, ActivationQuant, ActivationRounding, BlockScale, CombineOrder, CombineRounding, CommonTerms, Entry,
+    ExpertInput, ExpertMlp, Latent, LatentNorm, Lora, LoraDelta, MoeSpec, Placement, Precision, Rounding, Router,
+    RouterInput, Routing, SharedExperts, TensorShard,
 };
 
 /// How much of a layer a plan covers.
@@ -46,6 +46,7 @@ pub(crate) fn landed(backend: &'static str, spec: &MoeSpec, scope: Scope) -> Res
         output_norm: _,
         placement,
         shard,
+        common_terms,
         entry,
         precision,
     } = spec;
@@ -124,26 +125,23 @@ pub(crate) fn landed(backend: &'static str, spec: &MoeSpec, scope: Scope) -> Res
             norm: LatentNorm::None | LatentNorm::Reduced { eps: _ } | LatentNorm::PreAndPost { pre_eps: _, post_eps: _ },
         }) => {}
     }
-    if lora.is_some() {
-        return lacks("lora", lora, "no adapters yet");
+    match lora {
+        None | Some(Lora { num_adapters: _, rank: _, format: _, delta: LoraDelta::F32 | LoraDelta::Model }) => {}
     }
     match expert_input {
         ExpertInput::Hidden | ExpertInput::Separate => {}
     }
     match placement {
-        Placement::All => {}
-        Placement::Range { first: _, count: _ } | Placement::Map { slots: _ } => {
-            return lacks("placement", placement, "no expert parallelism yet");
-        }
+        Placement::All | Placement::Range { first: _, count: _ } => {}
+        Placement::Map { num_slots: _, replicas: _, slots: _ } => {}
     }
     match shard {
-        TensorShard::Whole => {}
-        TensorShard::Part { first: _, size: _, owns_down_bias: _ } => {
-            return lacks("shard", shard, "no tensor parallelism yet");
-        }
+        TensorShard::Whole | TensorShard::Part { first: _, size: _, owns_down_bias: true | false } => {}
+    }
+    match common_terms {
+        CommonTerms::Here | CommonTerms::Elsewhere => {}
     }
     match entry {
-        Entry::TokenMajor => Ok(()),
-        Entry::Batched { capacity: _ } => lacks("entry", entry, "no expert-major entry yet"),
+        Entry::TokenMajor | Entry::Batched { capacity: _ } => Ok(()),
     }
 }

@@ -1,5 +1,5 @@
 // Rows that no expert computes are not defined.
 fn counts(row: u32) -> bool {
-    let id = topk_ids[row];
-    return id >= 0 && id < i32(NUM_EXPERTS);
+    let slot = row_slots[row];
+    return slot >= 0 && slot < i32(NUM_SLOTS);
 }

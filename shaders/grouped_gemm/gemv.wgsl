@@ -168,13 +168,23 @@ fn all_ordered_dots(span: Span, rows: vec4<u32>, four: Quartet, staged: u32, col
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) index: u32) {
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) index: u32,
+) {
     let row = workgroup.y;
     if row >= token_count() * ROWS_PER_TOKEN {
         return;
     }
     let slot = slot_of(row);
     if slot < 0 {
+        if FILL_ABSENT {
+            let bits = select(0x7fc00000u, 0u, slot == -1);
+            for (var col = workgroup.x * WORKGROUP_SIZE + index; col < OUT_COLS; col += workgroups.x * WORKGROUP_SIZE) {
+                out[row * OUT_COLS + col] = bitcast<f32>(bits);
+            }
+        }
         return;
     }
     let span = span_of(u32(slot));
@@ -263,9 +273,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let matrix_row = first + tile_row;
         if matrix_row < span.row_end {
             let partner = matrix_row + FEATURE_ROWS - 1u;
-            let gate = row_sum(tile_row) * row_factor(span, entering, matrix_row) + row_bias(span, matrix_row);
-            let up = row_sum(tile_row + FEATURE_ROWS - 1u) * row_factor(span, entering, partner)
-                + row_bias(span, partner);
+            let gate_sum = row_sum(tile_row) * row_factor(span, entering, matrix_row);
+            let up_sum = row_sum(tile_row + FEATURE_ROWS - 1u) * row_factor(span, entering, partner);
+            let gate = add_delta(row, matrix_row, gate_sum) + row_bias(span, matrix_row);
+            let up = add_delta(row, partner, up_sum) + row_bias(span, partner);
             let out_col = matrix_row / FEATURE_ROWS;
             out[row * OUT_COLS + out_col] = finish(row, out_col, gate, up);
         }

@@ -53,8 +53,10 @@ fn store(span: Span, row: u32, result: u32, values: vec4<f32>) {
     for (var j = 0u; j < 4u; j += FEATURE_ROWS) {
         if result + j < span.row_end {
             let partner = result + j + FEATURE_ROWS - 1u;
-            let gate = values[j] * (row_scale(span, result + j) * token_scale) + row_bias(span, result + j);
-            let up = values[j + FEATURE_ROWS - 1u] * (row_scale(span, partner) * token_scale) + row_bias(span, partner);
+            let gate_sum = values[j] * (row_scale(span, result + j) * token_scale);
+            let up_sum = values[j + FEATURE_ROWS - 1u] * (row_scale(span, partner) * token_scale);
+            let gate = add_delta(row, result + j, gate_sum) + row_bias(span, result + j);
+            let up = add_delta(row, partner, up_sum) + row_bias(span, partner);
             let out_col = (result + j) / FEATURE_ROWS;
             out[row * OUT_COLS + out_col] = finish(row, out_col, gate, up);
         }

@@ -1,11 +1,11 @@
-// permute: rows (token * TOP_K + slot) in order of expert, stable, and tiles of at most TILE_M rows.
-// topk_ids [rows] -> sorted_rows [rows], tiles [1 + tiles] of (expert, first position, rows, 0);
-// tiles[0].x counts them. One workgroup an expert: it counts all experts, so that it knows where its own
-// rows begin without waiting for another. Ids outside 0..NUM_EXPERTS are left out.
+// permute: rows (token * TOP_K + slot) in order of slot, stable, and tiles of at most TILE_M rows.
+// row_slots [rows] -> sorted_rows [rows], tiles [1 + tiles] of (slot, first position, rows, 0);
+// tiles[0].x counts them. One workgroup a slot: it counts all slots, so that it knows where its own
+// rows begin without waiting for another. Slots outside 0..NUM_SLOTS are left out.
 // Twin: src/kernels/permute.rs
 const WORKGROUP: u32 = 256u;
 
-var<workgroup> histogram: array<atomic<u32>, NUM_EXPERTS>;
+var<workgroup> histogram: array<atomic<u32>, NUM_SLOTS>;
 var<workgroup> row_scan: array<u32, WORKGROUP>;
 var<workgroup> tile_scan: array<u32, WORKGROUP>;
 
@@ -28,29 +28,29 @@ fn scan(index: u32) {
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) index: u32) {
-    let expert = workgroup.x;
+    let own = workgroup.x;
     let row_count = token_count() * ROWS_PER_TOKEN;
-    for (var i = index; i < NUM_EXPERTS; i += WORKGROUP) {
+    for (var i = index; i < NUM_SLOTS; i += WORKGROUP) {
         atomicStore(&histogram[i], 0u);
     }
     workgroupBarrier();
     for (var row = index; row < row_count; row += WORKGROUP) {
-        let id = topk_ids[row];
-        if id >= 0 && id < i32(NUM_EXPERTS) {
-            atomicAdd(&histogram[id], 1u);
+        let slot = row_slots[row];
+        if slot >= 0 && slot < i32(NUM_SLOTS) {
+            atomicAdd(&histogram[slot], 1u);
         }
     }
     workgroupBarrier();
 
-    // Rows and tiles of the experts before this one; of all experts for the count of tiles.
+    // Rows and tiles of the slots before this one; of all slots for the count of tiles.
     var rows_before = 0u;
     var tiles_before = 0u;
     var all_tiles = 0u;
-    for (var i = index; i < NUM_EXPERTS; i += WORKGROUP) {
+    for (var i = index; i < NUM_SLOTS; i += WORKGROUP) {
         let count = atomicLoad(&histogram[i]);
         let tile_count = (count + TILE_M - 1u) / TILE_M;
         all_tiles += tile_count;
-        if i < expert {
+        if i < own {
             rows_before += count;
             tiles_before += tile_count;
         }
@@ -68,7 +68,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let end = min(begin + run, row_count);
     var mine = 0u;
     for (var row = begin; row < end; row++) {
-        if topk_ids[row] == i32(expert) {
+        if row_slots[row] == i32(own) {
             mine++;
         }
     }
@@ -77,7 +77,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     scan(index);
     var position = first_row + row_scan[index] - mine;
     for (var row = begin; row < end; row++) {
-        if topk_ids[row] == i32(expert) {
+        if row_slots[row] == i32(own) {
             sorted_rows[position] = row;
             position++;
         }
@@ -85,9 +85,9 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let count = row_scan[WORKGROUP - 1u];
     for (var tile = index; tile * TILE_M < count; tile += WORKGROUP) {
         let done = tile * TILE_M;
-        tiles[1u + first_tile + tile] = vec4<u32>(bitcast<u32>(expert_slots[expert]), first_row + done, min(TILE_M, count - done), 0u);
+        tiles[1u + first_tile + tile] = vec4<u32>(own, first_row + done, min(TILE_M, count - done), 0u);
     }
-    if expert == 0u && index == 0u {
+    if own == 0u && index == 0u {
         tiles[0] = vec4<u32>(tile_scan[WORKGROUP - 1u], 0u, 0u, 0u);
     }
 }

@@ -9,13 +9,14 @@ use crate::error::Result;
 use crate::numerics::round_to;
 use crate::reference::{self, Inputs};
 use crate::spec::{
-    Activation, ActivationQuant, Denominator, Entry, ExpertInput, ExpertMlp, FloatType, GateUpLayout, GroupScore,
-    Groups, Latent, LatentNorm, LogitTransform, MoeSpec, NanPolicy, Orientation, Placement, Precision, Router,
-    RouterInput, Routing, RoutingMethod, Score, SelectionKey, SharedCombination, SharedExperts, SharedGate,
-    TensorShard, WeightFormat, WeightPosition,
+    Activation, ActivationQuant, CommonTerms, Denominator, Entry, ExpertInput, ExpertMlp, FloatType, GateUpLayout,
+    GroupScore, Groups, Latent, LatentNorm, LogitTransform, Lora, MoeSpec, NanPolicy, Orientation, Placement,
+    Precision, Router, RouterInput, Routing, RoutingMethod, Score, SelectionKey, SharedCombination, SharedExperts,
+    SharedGate, TensorShard, WeightFormat, WeightPosition,
 };
 use crate::weights::{
-    InputScales, LatentNormWeights, LatentWeights, Matrix, MlpWeights, MoeWeights, RouterMlpWeights, RouterWeights,
+    InputScales, LatentNormWeights, LatentWeights, LoraWeights, Matrix, MlpWeights, MoeWeights, RouterMlpWeights,
+    RouterWeights,
 };
 
 /// The weights of one MLP.
@@ -97,6 +98,41 @@ impl OwnedMlp {
     }
 }
 
+/// One adapter on one expert.
+#[derive(Debug, Clone, PartialEq)]
+struct OwnedLora {
+    gate_up_a: OwnedMatrix,
+    gate_b: Option<OwnedMatrix>,
+    up_b: OwnedMatrix,
+    down_a: OwnedMatrix,
+    down_b: OwnedMatrix,
+}
+
+impl OwnedLora {
+    fn random(rng: &mut Rng, lora: &Lora, gated: bool, [width, inner]: [usize; 2]) -> Result<Self> {
+        let Lora { num_adapters: _, rank, format, delta: _ } = *lora;
+        let mut matrix = |shape| OwnedMatrix::random(rng, format, shape);
+        Ok(Self {
+            gate_up_a: matrix([rank, width])?,
+            gate_b: gated.then(|| matrix([inner, rank])).transpose()?,
+            up_b: matrix([inner, rank])?,
+            down_a: matrix([rank, inner])?,
+            down_b: matrix([width, rank])?,
+        })
+    }
+
+    fn view(&self) -> Result<LoraWeights<'_>> {
+        let Self { gate_up_a, gate_b, up_b, down_a, down_b } = self;
+        Ok(LoraWeights {
+            gate_up_a: gate_up_a.view()?,
+            gate_b: view(gate_b.as_ref())?,
+            up_b: up_b.view()?,
+            down_a: down_a.view()?,
+            down_b: down_b.view()?,
+        })
+    }
+}
+
 /// The layers of an MLP router.
 #[derive(Debug, Clone, PartialEq)]
 struct OwnedRouterMlp {
@@ -126,7 +162,7 @@ impl OwnedRouterMlp {
     }
 }
 
-/// A layer with random weights.
+/// A layer with random weights: of the whole layer, whatever its spec says that this device has of it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RandomLayer {
     /// What it computes. Of another spec only what asks for the same weights may differ.
@@ -141,6 +177,8 @@ pub struct RandomLayer {
     per_expert_scale: Option<Vec<f32>>,
     global_scale: Option<f32>,
     experts: Vec<OwnedMlp>,
+    /// By adapter and expert.
+    lora: Vec<Vec<OwnedLora>>,
     shared: Vec<OwnedMlp>,
     shared_gate: Option<OwnedMatrix>,
     latent: Option<[OwnedMatrix; 2]>,
@@ -162,18 +200,36 @@ pub struct LayerInputs {
     pub logits: Option<Vec<f32>>,
     /// [T, S], if a state enters the router.
     pub router_states: Option<Vec<f32>>,
+    /// `[T]`, if there are adapters.
+    pub adapter_ids: Option<Vec<i32>>,
+    /// `[slots]`, of a batched entry.
+    pub counts: Option<Vec<u32>>,
+    /// `[T]`, of a batched entry whose weights act inside of the experts.
+    pub row_weights: Option<Vec<f32>>,
 }
 
 impl LayerInputs {
     /// As a layer takes them.
     pub fn view(&self) -> Inputs<'_> {
-        let Self { hidden_states, token_ids, expert_hidden_states, logits, router_states } = self;
+        let Self {
+            hidden_states,
+            token_ids,
+            expert_hidden_states,
+            logits,
+            router_states,
+            adapter_ids,
+            counts,
+            row_weights,
+        } = self;
         Inputs {
             hidden_states,
             token_ids: token_ids.as_deref(),
             logits: logits.as_deref(),
             expert_hidden_states: expert_hidden_states.as_deref(),
             router_states: router_states.as_deref(),
+            adapter_ids: adapter_ids.as_deref(),
+            counts: counts.as_deref(),
+            row_weights: row_weights.as_deref(),
         }
     }
 }
@@ -261,6 +317,16 @@ impl RandomLayer {
                 SharedGate::None | SharedGate::Joint => None,
             };
         }
+        let output_bias = vector(rng, spec.output_bias, hidden_size);
+        let output_norm = spec.output_norm.map(|_| near_one(rng, hidden_size));
+        let mut lora = vec![];
+        if let Some(adapters) = &spec.lora {
+            let (gated, shape) = (spec.experts.activation.gated(), [width, spec.experts.intermediate_size]);
+            for _ in 0..adapters.num_adapters {
+                let one = |_| OwnedLora::random(rng, adapters, gated, shape);
+                lora.push((0..spec.num_experts).map(one).collect::<Result<_>>()?);
+            }
+        }
         Ok(Self {
             router,
             router_mlp,
@@ -271,12 +337,13 @@ impl RandomLayer {
             per_expert_scale,
             global_scale,
             experts,
+            lora,
             shared,
             shared_gate,
             latent,
             latent_norm,
-            output_bias: vector(rng, spec.output_bias, hidden_size),
-            output_norm: spec.output_norm.map(|_| near_one(rng, hidden_size)),
+            output_bias,
+            output_norm,
             spec,
         })
     }
@@ -303,11 +370,22 @@ impl RandomLayer {
         }
     }
 
-    /// Its weights, as a checkpoint has them.
+    /// What its device has of its weights.
     ///
     /// # Errors
     /// Tensors that are not what the spec implies.
     pub fn weights(&self) -> Result<MoeWeights<'_>> {
+        let whole = self.whole()?;
+        let spec = &self.spec;
+        let partial = spec.placement.is_partial() || spec.shard.is_partial() || spec.entry.is_batched();
+        if partial { whole.part(spec) } else { Ok(whole) }
+    }
+
+    /// The weights of the whole layer, as a checkpoint has them.
+    ///
+    /// # Errors
+    /// As [`RandomLayer::weights`].
+    pub fn whole(&self) -> Result<MoeWeights<'_>> {
         let latent = match &self.latent {
             None => None,
             Some([down, up]) => {
@@ -326,6 +404,11 @@ impl RandomLayer {
                 mlp: self.router_mlp.as_ref().map(OwnedRouterMlp::view).transpose()?,
             },
             experts: views(&self.experts)?,
+            lora: self
+                .lora
+                .iter()
+                .map(|experts| experts.iter().map(OwnedLora::view).collect())
+                .collect::<Result<_>>()?,
             shared: views(&self.shared)?,
             shared_gate: view(self.shared_gate.as_ref())?,
             latent,
@@ -334,14 +417,24 @@ impl RandomLayer {
         })
     }
 
-    /// All that the layer reads. Logits that are given have ties, NaN and infinities.
+    /// Rows of a call: `wanted`, or all of a batched entry.
+    pub fn tokens(&self, wanted: usize) -> usize {
+        match self.spec.entry {
+            Entry::TokenMajor => wanted,
+            Entry::Batched { capacity } => self.spec.num_slots() * capacity,
+        }
+    }
+
+    /// All that the layer reads. Logits that are given have ties, NaN and infinities; rows of a batched entry that
+    /// do not exist are NaN.
     pub fn inputs(&self, tokens: usize, seed: u64) -> LayerInputs {
+        let tokens = self.tokens(tokens);
         let rng = &mut Rng::with_seed(seed);
         let input = self.spec.precision.input;
         let rows = |rng: &mut Rng| -> Vec<f32> {
             (0..tokens * self.spec.hidden_size).map(|_| round_to(input, 2.0 * normal(rng))).collect()
         };
-        let hidden_states = rows(rng);
+        let mut hidden_states = rows(rng);
         let token_ids = vocab_size(&self.spec.routing.method)
             .map(|vocab_size| (0..tokens).map(|_| rng.u32(0..vocab_size as u32)).collect());
         let expert_hidden_states = match self.spec.expert_input {
@@ -359,7 +452,38 @@ impl RandomLayer {
             }
             Router::Linear { input: _, format: _, bias: _, transform: _ } => {}
         }
-        LayerInputs { hidden_states, token_ids, expert_hidden_states, logits, router_states }
+        let adapter_ids = self.spec.lora.as_ref().map(|lora| {
+            let adapters = lora.num_adapters as i32;
+            (0..tokens).map(|_| rng.i32(-1..adapters)).collect()
+        });
+        let counts: Option<Vec<u32>> = match self.spec.entry {
+            Entry::TokenMajor => None,
+            Entry::Batched { capacity } => {
+                Some((0..self.spec.num_slots()).map(|_| rng.u32(0..=capacity as u32)).collect())
+            }
+        };
+        let weights_rows = match self.spec.routing.weight_position {
+            WeightPosition::Output => false,
+            WeightPosition::Input | WeightPosition::BeforeDown => counts.is_some(),
+        };
+        let row_weights = weights_rows.then(|| (0..tokens).map(|_| 0.1 + rng.f32()).collect());
+        if let (Some(counts), Entry::Batched { capacity }) = (&counts, self.spec.entry) {
+            for (row, values) in hidden_states.chunks_exact_mut(self.spec.hidden_size).enumerate() {
+                if row % capacity >= counts[row / capacity] as usize {
+                    values.fill(f32::NAN);
+                }
+            }
+        }
+        LayerInputs {
+            hidden_states,
+            token_ids,
+            expert_hidden_states,
+            logits,
+            router_states,
+            adapter_ids,
+            counts,
+            row_weights,
+        }
     }
 
     /// What is right.
@@ -428,6 +552,7 @@ pub fn deepseek_like() -> MoeSpec {
         output_norm: None,
         placement: Placement::All,
         shard: TensorShard::Whole,
+        common_terms: CommonTerms::Here,
         entry: Entry::TokenMajor,
         precision: Precision::float32(FloatType::Bf16, FloatType::F32),
     }

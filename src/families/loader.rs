@@ -193,6 +193,7 @@ impl Source {
             return Ok(MoeWeights {
                 router: self.router_weights(checkpoint, spec)?,
                 experts: Vec::new(),
+                lora: Vec::new(),
                 shared: Vec::new(),
                 shared_gate: None,
                 latent: None,
@@ -231,10 +232,10 @@ impl Source {
         let output_bias = row(self.names.output_bias, spec.output_bias)?;
         let output_norm = row(self.names.output_norm, spec.output_norm.is_some())?;
         let latent = latent.transpose()?;
-        let weights = MoeWeights { router, experts, shared, shared_gate, latent, output_bias, output_norm };
+        let lora = Vec::new();
+        let whole = MoeWeights { router, experts, lora, shared, shared_gate, latent, output_bias, output_norm };
         reader.all_read(&self.owned)?;
-        weights.check(spec)?;
-        Ok(weights)
+        whole.part(spec)
     }
 
     fn read_router<'a>(&self, reader: &Reader<'a, '_>, spec: &MoeSpec) -> Result<RouterWeights<'a>> {

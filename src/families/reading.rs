@@ -386,6 +386,7 @@ fn spec(
         output_norm: *output_norm,
         placement: Placement::All,
         shard: TensorShard::Whole,
+        common_terms: crate::spec::CommonTerms::Here,
         entry: Entry::TokenMajor,
         precision: Precision::float32(request.input, request.output),
     }

@@ -38,9 +38,9 @@ pub struct Combine {
 pub enum Routed {
     /// `expert_out` [T * k, H] holds a row for each slot.
     Slots {
-        /// E.
-        num_experts: usize,
-        /// E plus zero experts.
+        /// Matrices.
+        num_slots: usize,
+        /// Those and the zero experts.
         selectable: usize,
         /// k.
         top_k: usize,
@@ -50,6 +50,8 @@ pub enum Routed {
         identity: Option<FloatType>,
         /// Order of the sum.
         order: CombineOrder,
+        /// Whether slots are in order of their experts' ids, or `topk_ids` says that.
+        slots_in_order: bool,
     },
     /// `expert_out` [T, H] is the sum.
     Row,
@@ -58,7 +60,7 @@ pub enum Routed {
 /// The shared experts' rows `shared_out` [T * mlps, H].
 #[derive(Debug, Clone, PartialEq)]
 pub struct SharedRows {
-    /// Rows of a token.
+    /// Rows of a token; 0 where another device adds them.
     pub mlps: usize,
     /// What multiplies a row.
     pub factor: SharedFactor,
@@ -98,18 +100,26 @@ impl Combine {
             }
         }
         match routed {
-            Routed::Slots { num_experts, selectable, top_k, weighted, identity, order } => {
-                constants.push(("NUM_EXPERTS", Value::U32(*num_experts as u32)));
+            Routed::Slots { num_slots, selectable, top_k, weighted, identity, order, slots_in_order } => {
+                constants.push(("NUM_SLOTS", Value::U32(*num_slots as u32)));
                 constants.push(("SELECTABLE", Value::U32(*selectable as u32)));
                 constants.push(("TOP_K", Value::U32(*top_k as u32)));
-                bindings.push(read("topk_ids", "array<i32>"));
+                bindings.push(read("row_slots", "array<i32>"));
                 if *weighted || identity.is_some() {
                     bindings.push(read("topk_weights", "array<f32>"));
                 }
-                fragments.push(match order {
-                    CombineOrder::Slot => shader!("fragments/order_slot.wgsl"),
-                    CombineOrder::Expert => shader!("fragments/order_expert.wgsl"),
-                });
+                match (order, slots_in_order) {
+                    (CombineOrder::Slot, _) => fragments.push(shader!("fragments/order_slot.wgsl")),
+                    (CombineOrder::Expert, true) => {
+                        fragments.push(shader!("fragments/order_of_slot.wgsl"));
+                        fragments.push(shader!("fragments/order_expert.wgsl"));
+                    }
+                    (CombineOrder::Expert, false) => {
+                        bindings.push(read("topk_ids", "array<i32>"));
+                        fragments.push(shader!("fragments/order_of_id.wgsl"));
+                        fragments.push(shader!("fragments/order_expert.wgsl"));
+                    }
+                }
                 fragments.push(match weighted {
                     true => shader!("fragments/output_weighted.wgsl"),
                     false => shader!("fragments/output_unweighted.wgsl"),
@@ -136,6 +146,10 @@ impl Combine {
         }
         match shared {
             None => fragments.push(shader!("fragments/shared_none.wgsl")),
+            Some(SharedRows { mlps: 0, factor: _, average }) => {
+                constants.push(("SHARED_AVERAGE", Value::F32(if *average { 0.5 } else { 1.0 })));
+                fragments.push(shader!("fragments/shared_elsewhere.wgsl"));
+            }
             Some(SharedRows { mlps, factor, average }) => {
                 constants.push(("SHARED_MLPS", Value::U32(*mlps as u32)));
                 constants.push(("SHARED_AVERAGE", Value::F32(if *average { 0.5 } else { 1.0 })));
@@ -178,6 +192,7 @@ impl Combine {
         let routed = SlotRows::read(&self.routed, arguments, tokens)?;
         let shared = match &self.shared {
             None => None,
+            Some(SharedRows { mlps: 0, factor: _, average: _ }) => Some((&[][..], None)),
             Some(SharedRows { mlps: _, factor, average: _ }) => {
                 let factors: Option<&[f32]> = match factor {
                     SharedFactor::One => None,
@@ -250,7 +265,7 @@ impl Combine {
 /// The slots of each token that contribute, in order.
 struct SlotRows<'a> {
     slots: Vec<Vec<SlotRow<'a>>>,
-    /// Whether a token has an id that nobody has.
+    /// Whether a token has a slot that nobody has.
     missed: Vec<bool>,
 }
 
@@ -268,13 +283,15 @@ enum SlotFrom<'a> {
 
 impl<'a> SlotRows<'a> {
     fn read(routed: &Routed, arguments: &Arguments<'a>, tokens: usize) -> Result<Option<Self>> {
-        let (num_experts, selectable, top_k, weighted, identity, order) = match *routed {
+        let (num_slots, selectable, top_k, weighted, identity, order, slots_in_order) = match *routed {
             Routed::Row => return Ok(None),
-            Routed::Slots { num_experts, selectable, top_k, weighted, identity, order } => {
-                (num_experts, selectable, top_k, weighted, identity, order)
+            Routed::Slots { num_slots, selectable, top_k, weighted, identity, order, slots_in_order } => {
+                (num_slots, selectable, top_k, weighted, identity, order, slots_in_order)
             }
         };
-        let ids = arguments.read_i32("topk_ids")?;
+        let row_slots = arguments.read_i32("row_slots")?;
+        let by_id = order == CombineOrder::Expert && !slots_in_order;
+        let ids = if by_id { arguments.read_i32("topk_ids")? } else { row_slots };
         let needs_weights = weighted || identity.is_some();
         let weights = if needs_weights { Some(arguments.read_f32("topk_weights")?) } else { None };
         let rows = match identity {
@@ -288,11 +305,11 @@ impl<'a> SlotRows<'a> {
                 CombineOrder::Slot => {}
                 CombineOrder::Expert => chosen.sort_by_key(|&slot| ids[slot]),
             }
-            let in_range = |id: i32| usize::try_from(id).is_ok_and(|id| id < selectable);
-            missed.push(chosen.iter().any(|&slot| ids[slot] != -1 && !in_range(ids[slot])));
+            let in_range = |slot: i32| usize::try_from(slot).is_ok_and(|slot| slot < selectable);
+            missed.push(chosen.iter().any(|&slot| row_slots[slot] != -1 && !in_range(row_slots[slot])));
             let weight = |slot: usize| weights.map_or(1.0, |weights| weights[slot]);
-            let contributes = |slot: usize| match (usize::try_from(ids[slot]), rows) {
-                (Ok(id), _) if id < num_experts => {
+            let contributes = |slot: usize| match (usize::try_from(row_slots[slot]), rows) {
+                (Ok(chosen), _) if chosen < num_slots => {
                     Some(SlotRow { weight: if weighted { weight(slot) } else { 1.0 }, from: SlotFrom::Expert(slot) })
                 }
                 (Ok(_), Some((input, words))) => {

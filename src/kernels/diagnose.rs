@@ -1,5 +1,6 @@
 //! `diagnose`: counts that explain accuracy, from buffers that other steps have left. Planned only on demand
-//! ([`Options::diagnostics`](crate::schedule::Options::diagnostics)); changes no result. Exact.
+//! ([`Options::diagnostics`](crate::schedule::Options::diagnostics)), but for experts that can miss; changes no
+//! result. Exact.
 
 use super::{
     Arguments, Fragment, PARAMS, Source, Value, input_fragments, read, read_write, round_fragments, shader, unique,
@@ -34,6 +35,8 @@ pub enum Counted {
     Infinite(FloatType),
     /// Rows of each expert: as many counters as there are experts.
     Load(usize),
+    /// Rows of each expert that should be here and is not, likewise; planned wherever experts can miss.
+    Misses(usize),
 }
 
 /// See the module.
@@ -85,13 +88,23 @@ impl Diagnose {
             fragments.push(shader!("diagnose/load.wgsl"));
             return Source { constants, bindings, fragments };
         }
+        if let Counted::Misses(num_experts) = counted {
+            constants = vec![
+                ("ROWS_PER_TOKEN", Value::U32(*rows_per_token as u32)),
+                ("NUM_EXPERTS", Value::U32(*num_experts as u32)),
+            ];
+            bindings.extend([read("topk_ids", "array<i32>"), read("row_slots", "array<i32>")]);
+            bindings.push(read_write("counters", "array<u32>"));
+            fragments.push(shader!("diagnose/misses.wgsl"));
+            return Source { constants, bindings, fragments };
+        }
         constants.push(("COLS", Value::U32(*cols as u32)));
         bindings.extend([read("rows", "array<u32>"), read_write("counters", "array<u32>")]);
         fragments.push(match matrices {
             Matrices::Groups => shader!("fragments/counts_all.wgsl"),
-            Matrices::Experts(num_experts) => {
-                constants.push(("NUM_EXPERTS", Value::U32(*num_experts as u32)));
-                bindings.push(read("topk_ids", "array<i32>"));
+            Matrices::Slots(num_slots) => {
+                constants.push(("NUM_SLOTS", Value::U32(*num_slots as u32)));
+                bindings.push(read("row_slots", "array<i32>"));
                 shader!("fragments/counts_routed.wgsl")
             }
         });
@@ -123,7 +136,7 @@ impl Diagnose {
             Counted::Infinite(FloatType::F32) => fragments.push(shader!("fragments/counted_infinite_f32.wgsl")),
             Counted::Infinite(FloatType::F16) => fragments.push(shader!("fragments/counted_infinite_f16.wgsl")),
             Counted::Infinite(FloatType::Bf16) => fragments.push(shader!("fragments/counted_infinite_bf16.wgsl")),
-            Counted::Load(_) => {}
+            Counted::Load(_) | Counted::Misses(_) => {}
         }
         fragments.push(shader!("diagnose/count.wgsl"));
         Source { constants, bindings, fragments: unique(fragments) }
@@ -139,7 +152,7 @@ impl Diagnose {
             let ids = &arguments.read_i32("topk_ids")?[..rows];
             let counters = arguments.write("counters")?;
             if first {
-                counters[1..self.slot].fill(0);
+                counters[..self.slot].fill(0);
             }
             for expert in 0..num_experts {
                 let count = ids.iter().filter(|&&id| usize::try_from(id) == Ok(expert)).count();
@@ -147,13 +160,24 @@ impl Diagnose {
             }
             return Ok(());
         }
+        if let Counted::Misses(num_experts) = self.counted {
+            let ids = &arguments.read_i32("topk_ids")?[..rows];
+            let slots = arguments.read_i32("row_slots")?;
+            let counters = arguments.write("counters")?;
+            for expert in 0..num_experts {
+                let missed = |(id, slot): &(&i32, &i32)| usize::try_from(**id) == Ok(expert) && **slot == -2;
+                add(counters, expert, ids.iter().zip(slots).filter(missed).count() as u32);
+            }
+            return Ok(());
+        }
         let words = arguments.read("rows")?;
-        let ids = match self.matrices {
+        let slots = match self.matrices {
             Matrices::Groups => None,
-            Matrices::Experts(num_experts) => Some((arguments.read_i32("topk_ids")?, num_experts)),
+            Matrices::Slots(num_slots) => Some((arguments.read_i32("row_slots")?, num_slots)),
         };
-        let counts =
-            |row: &usize| ids.is_none_or(|(ids, experts)| usize::try_from(ids[*row]).is_ok_and(|id| id < experts));
+        let counts = |row: &usize| {
+            slots.is_none_or(|(slots, count)| usize::try_from(slots[*row]).is_ok_and(|slot| slot < count))
+        };
         let all = (0..rows).filter(counts).flat_map(|row| (0..self.cols).map(move |col| (row, col)));
         let count = all.filter(|&(row, col)| self.is_counted(words, row, col)).count();
         add(arguments.write("counters")?, self.slot, count as u32);
@@ -186,7 +210,7 @@ impl Diagnose {
             }
             Counted::NonFinite => words[at] & 0x7f80_0000 == 0x7f80_0000,
             Counted::Infinite(float_type) => super::decode_value(words, float_type, at).is_infinite(),
-            Counted::Load(_) => false,
+            Counted::Load(_) | Counted::Misses(_) => false,
         }
     }
 }

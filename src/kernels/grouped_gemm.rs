@@ -15,7 +15,7 @@ use super::{
 };
 use crate::error::Result;
 use crate::numerics;
-use crate::spec::{Activation, ActivationCode, ActivationRounding, FloatType, Rounding, WeightFormat};
+use crate::spec::{Activation, ActivationCode, ActivationRounding, FloatType, LoraDelta, Rounding};
 use crate::weights::{Code, PackedScale, Parts};
 
 /// Rows of a tile of the tiled kernel.
@@ -33,12 +33,12 @@ pub enum RowSource {
         /// Matrices; 1 but for several shared experts.
         groups: usize,
     },
-    /// `expert_slots[topk_ids[row]]`; a row is token * `top_k` + slot.
+    /// `row_slots[row]`; a row is token * `top_k` + slot.
     Routed {
         /// k.
         top_k: usize,
-        /// E.
-        num_experts: usize,
+        /// Matrices.
+        num_slots: usize,
     },
 }
 
@@ -101,12 +101,16 @@ pub struct GroupedGemm {
     pub matrix_rows: usize,
     /// Columns.
     pub cols: usize,
-    /// Type of the weights.
-    pub format: WeightFormat,
+    /// Codes and scales of the weights.
+    pub parts: Parts,
     /// 2 if gate and up rows alternate, else 1.
     pub pair: usize,
     /// Whether each matrix row has a bias.
     pub bias: bool,
+    /// How what adapters add, f32 [rows, matrix rows], joins the sums before their bias; none without adapters.
+    pub delta: Option<LoraDelta>,
+    /// Whether rows without a matrix are written: zeros for -1, NaN for any other. Else they are left.
+    pub fill_absent: bool,
     /// What becomes of the sums.
     pub epilogue: Epilogue,
     /// T, where anything is rounded.
@@ -213,7 +217,7 @@ impl GroupedGemm {
     fn rows_per_token(&self) -> usize {
         match self.rows {
             RowSource::Direct { groups } => groups,
-            RowSource::Routed { top_k, num_experts: _ } => top_k,
+            RowSource::Routed { top_k, num_slots: _ } => top_k,
         }
     }
 
@@ -224,7 +228,7 @@ impl GroupedGemm {
             groups: 1,
             rows: self.matrix_rows,
             cols: self.cols,
-            format: self.format,
+            parts: self.parts,
             pair: self.pair,
             bias: self.bias,
             segments: Vec::new(),
@@ -286,6 +290,17 @@ impl GroupedGemm {
             shader!("fragments/bias_none.wgsl")
         });
         fragments.extend(round_fragments(self.model));
+        fragments.push(match self.delta {
+            None => shader!("fragments/delta_none.wgsl"),
+            Some(delta) => {
+                bindings.push(read("delta", "array<f32>"));
+                constants.push(("MATRIX_ROWS", Value::U32(self.matrix_rows as u32)));
+                match delta {
+                    LoraDelta::F32 => shader!("fragments/delta_f32.wgsl"),
+                    LoraDelta::Model => shader!("fragments/delta_model.wgsl"),
+                }
+            }
+        });
         let mut weighted = false;
         fragments.push(match self.weigh_input {
             None => shader!("fragments/input_unweighted.wgsl"),
@@ -313,7 +328,6 @@ impl GroupedGemm {
         if weighted {
             bindings.push(read("topk_weights", "array<f32>"));
         }
-        let expert_slots = read("expert_slots", "array<i32>");
         match (self.variant, self.rows) {
             (GemmVariant::Gemv { workgroup_size, lanes, tile_rows }, rows) => {
                 constants.push(("ROWS_PER_TOKEN", Value::U32(self.rows_per_token() as u32)));
@@ -324,14 +338,15 @@ impl GroupedGemm {
                 constants.push(("SCALES_PER_VEC", Value::U32(layout.scales_per_vec() as u32)));
                 constants.push(("VECS_PER_RUN", Value::U32(self.vecs_per_run() as u32)));
                 constants.push(("PAIR", Value::U32(self.pair as u32)));
+                constants.push(("FILL_ABSENT", Value::Bool(self.fill_absent)));
                 match rows {
                     RowSource::Direct { groups } => {
                         constants.push(("GROUPS", Value::U32(groups as u32)));
                         fragments.push(shader!("fragments/group_single.wgsl"));
                     }
-                    RowSource::Routed { top_k: _, num_experts } => {
-                        constants.push(("NUM_EXPERTS", Value::U32(num_experts as u32)));
-                        bindings.extend([read("topk_ids", "array<i32>"), expert_slots]);
+                    RowSource::Routed { top_k: _, num_slots } => {
+                        constants.push(("NUM_SLOTS", Value::U32(num_slots as u32)));
+                        bindings.push(read("row_slots", "array<i32>"));
                         fragments.push(shader!("fragments/group_routed.wgsl"));
                     }
                 }
@@ -349,7 +364,7 @@ impl GroupedGemm {
                         constants.push(("GROUPS", Value::U32(groups as u32)));
                         fragments.push(shader!("fragments/tiles_direct.wgsl"));
                     }
-                    RowSource::Routed { top_k: _, num_experts: _ } => {
+                    RowSource::Routed { top_k: _, num_slots: _ } => {
                         bindings.extend([read("sorted_rows", "array<u32>"), read("tiles", "array<vec4<u32>>")]);
                         fragments.push(shader!("fragments/tiles_permuted.wgsl"));
                         // The list of tiles says how many rows there are.
@@ -374,14 +389,9 @@ impl GroupedGemm {
             ) => (0..arguments.tokens()? * groups).map(|row| (row % groups) as i32).collect(),
             (
                 GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ },
-                RowSource::Routed { top_k, num_experts: _ },
-            ) => {
-                let expert_slots = arguments.read_i32("expert_slots")?;
-                let ids = &arguments.read_i32("topk_ids")?[..arguments.tokens()? * top_k];
-                let slot = |id: &i32| usize::try_from(*id).ok().and_then(|id| expert_slots.get(id).copied());
-                ids.iter().map(|id| slot(id).unwrap_or(-1)).collect()
-            }
-            (GemmVariant::Tiled, RowSource::Routed { top_k: _, num_experts: _ }) => {
+                RowSource::Routed { top_k, num_slots: _ },
+            ) => arguments.read_i32("row_slots")?[..arguments.tokens()? * top_k].to_vec(),
+            (GemmVariant::Tiled, RowSource::Routed { top_k: _, num_slots: _ }) => {
                 let sorted_rows = arguments.read("sorted_rows")?;
                 let tiles = arguments.read("tiles")?;
                 let mut slots = vec![-1; sorted_rows.len()];
@@ -442,6 +452,7 @@ impl GroupedGemm {
         let x: Vec<EnteringRow> =
             used.par_iter().enumerate().map(|(row, used)| if *used { entering(row) } else { none() }).collect();
         let epilogue = EpilogueInputs::read(self.epilogue, arguments)?;
+        let delta = self.delta.map(|_| arguments.read_f32("delta")).transpose()?;
         // One task per group and stretch of features: a weight is decoded once for all rows of its group,
         // and a single token still uses every thread.
         const STRETCH: usize = 32;
@@ -471,7 +482,8 @@ impl GroupedGemm {
                                 true => layout.dot(segment, span, packed, &weights, &x.values),
                                 false => layout.code_dot(segment, span, packed, &weights, x, [group, k_block]),
                             };
-                            sums[part] = sum + f32::from_bits(bias);
+                            let added = delta.map(|delta| delta[row * self.matrix_rows + packed]);
+                            sums[part] = self.adapt(sum, added) + f32::from_bits(bias);
                         }
                     }
                     for (at, sums) in sums.iter().enumerate() {
@@ -481,6 +493,11 @@ impl GroupedGemm {
                 values
             })
             .collect();
+        if self.fill_absent {
+            for (row, slot) in slots.iter().enumerate().filter(|(_, slot)| **slot < 0) {
+                out[row * features..(row + 1) * features].fill(if *slot == -1 { 0.0 } else { f32::NAN });
+            }
+        }
         for ((slot, first, end), values) in tasks.into_iter().zip(results) {
             for (row, values) in rows_of[slot].iter().zip(values.chunks_exact(end - first)) {
                 out[row * features + first..row * features + end].copy_from_slice(values);
@@ -520,6 +537,17 @@ impl GroupedGemm {
         match rounding {
             Rounding::F32 => value,
             Rounding::Model => numerics::round_to(self.model, value),
+        }
+    }
+
+    /// Twin: shaders/fragments/delta_*.wgsl
+    fn adapt(&self, sum: f32, added: Option<f32>) -> f32 {
+        let model = |value| numerics::round_to(self.model, value);
+        let Some(added) = added else { return sum };
+        match self.delta {
+            None => sum,
+            Some(LoraDelta::F32) => sum + added,
+            Some(LoraDelta::Model) => model(model(sum) + model(added)),
         }
     }
 
@@ -574,7 +602,7 @@ impl PackedMatrix {
         let row_words = self.vecs_per_row() * 4;
         let codes = 4 * span[2] as usize + (packed - span[0] as usize) * row_words;
         let words = &segment[codes..codes + row_words];
-        let (code, per_word) = (self.parts().code, self.codes_per_vec() / 4);
+        let (code, per_word) = (self.parts.code, self.codes_per_vec() / 4);
         let bits = 32 / per_word as u32;
         let table = numerics::e4m3_values();
         for (word, weights) in words.iter().zip(weights.chunks_exact_mut(per_word)) {
@@ -627,7 +655,7 @@ impl PackedMatrix {
 
     /// What scales a whole row.
     fn row_scale(&self, segment: &[u32], span: &[u32], packed: usize) -> f32 {
-        match self.parts().row_scale {
+        match self.parts.row_scale {
             true => f32::from_bits(segment[span[6] as usize + packed - span[0] as usize]),
             false => 1.0,
         }
@@ -682,7 +710,7 @@ fn lane_dot(a: &[f32], b: &[f32]) -> f32 {
 
 /// Decoding of codes, and their scales.
 fn weight_fragments(layout: &PackedMatrix, constants: &mut Vec<(&'static str, Value)>, fragments: &mut Vec<Fragment>) {
-    let Parts { code, blocks: _, row_scale } = layout.parts();
+    let Parts { code, blocks: _, row_scale } = layout.parts;
     match code {
         Code::F32 => fragments.push(shader!("fragments/weight_f32.wgsl")),
         Code::F16 => {

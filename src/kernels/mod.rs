@@ -3,6 +3,8 @@
 //! Nothing here touches a device. A kernel struct is plain data; [`Source`] is what a WGSL backend
 //! compiles, [`Operation::run`] is what the `cpu` backend runs. Both come from the same fields.
 
+pub mod activation;
+pub mod assign;
 pub mod combine;
 pub mod diagnose;
 pub mod grouped_gemm;
@@ -18,6 +20,8 @@ use crate::error::{Error, Result};
 use crate::numerics;
 use crate::spec::FloatType;
 
+pub use activation::Activate;
+pub use assign::{Assign, AssignBy, ExpertSlots};
 pub use combine::Combine;
 pub use diagnose::{Counted, Diagnose};
 pub use grouped_gemm::{Activated, Epilogue, GemmVariant, GroupedGemm, RowSource, RowValues};
@@ -35,8 +39,12 @@ pub enum Stage {
     Norm,
     /// Logits to ids and weights.
     TopkRouting,
-    /// Rows in order of expert.
+    /// Which matrix a row meets.
+    Assign,
+    /// Rows in order of their matrices.
     Permute,
+    /// Gate and up to what the second GEMM reads, alone.
+    Activation,
     /// Rows to codes and scales, alone or behind the activation.
     Quantize,
     /// Counts that explain accuracy.
@@ -52,7 +60,9 @@ impl Stage {
             Self::GroupedGemm => "grouped_gemm",
             Self::Norm => "norm",
             Self::TopkRouting => "topk_routing",
+            Self::Assign => "assign",
             Self::Permute => "permute",
+            Self::Activation => "activation",
             Self::Quantize => "quantize",
             Self::Diagnose => "diagnose",
             Self::Combine => "combine",
@@ -69,8 +79,12 @@ pub enum Operation {
     Norm(Norm),
     /// See [`TopkRouting`].
     TopkRouting(TopkRouting),
+    /// See [`Assign`].
+    Assign(Assign),
     /// See [`Permute`].
     Permute(Permute),
+    /// See [`Activate`].
+    Activate(Activate),
     /// See [`Quantize`].
     Quantize(Quantize),
     /// See [`Amax`].
@@ -88,7 +102,9 @@ impl Operation {
             Self::GroupedGemm(_) => Stage::GroupedGemm,
             Self::Norm(_) => Stage::Norm,
             Self::TopkRouting(_) => Stage::TopkRouting,
+            Self::Assign(_) => Stage::Assign,
             Self::Permute(_) => Stage::Permute,
+            Self::Activate(_) => Stage::Activation,
             Self::Quantize(_) | Self::Amax(_) => Stage::Quantize,
             Self::Diagnose(_) => Stage::Diagnose,
             Self::Combine(_) => Stage::Combine,
@@ -101,7 +117,9 @@ impl Operation {
             Self::GroupedGemm(kernel) => kernel.source(),
             Self::Norm(kernel) => kernel.source(),
             Self::TopkRouting(kernel) => kernel.source(),
+            Self::Assign(kernel) => kernel.source(),
             Self::Permute(kernel) => kernel.source(),
+            Self::Activate(kernel) => kernel.source(),
             Self::Quantize(kernel) => kernel.source(),
             Self::Amax(kernel) => kernel.source(),
             Self::Diagnose(kernel) => kernel.source(),
@@ -117,6 +135,8 @@ impl Operation {
             // Fixed, 12 KiB at most; the contracts test measures them.
             Self::GroupedGemm(_)
             | Self::Norm(_)
+            | Self::Assign(_)
+            | Self::Activate(_)
             | Self::Combine(_)
             | Self::Quantize(_)
             | Self::Amax(_)
@@ -133,7 +153,9 @@ impl Operation {
             Self::GroupedGemm(kernel) => kernel.run(arguments),
             Self::Norm(kernel) => kernel.run(arguments),
             Self::TopkRouting(kernel) => kernel.run(arguments),
+            Self::Assign(kernel) => kernel.run(arguments),
             Self::Permute(kernel) => kernel.run(arguments),
+            Self::Activate(kernel) => kernel.run(arguments),
             Self::Quantize(kernel) => kernel.run(arguments),
             Self::Amax(kernel) => kernel.run(arguments),
             Self::Diagnose(kernel) => kernel.run(arguments),

@@ -9,7 +9,6 @@
 
 use crate::error::{Result, Unsupported};
 use crate::numerics;
-use crate::spec::WeightFormat;
 use crate::weights::{Blocks, Matrix, PackedScale, Parts};
 
 /// Words of a packed vector.
@@ -30,8 +29,8 @@ pub struct PackedMatrix {
     pub rows: usize,
     /// Columns of each.
     pub cols: usize,
-    /// Type of a code.
-    pub format: WeightFormat,
+    /// Codes and scales.
+    pub parts: Parts,
     /// 2 if gate and up rows alternate, else 1.
     pub pair: usize,
     /// Whether each row has a bias.
@@ -81,14 +80,9 @@ pub struct GroupSource<'a> {
 }
 
 impl PackedMatrix {
-    /// The format, taken apart.
-    pub fn parts(&self) -> Parts {
-        self.format.parts()
-    }
-
     /// Codes in a vector of 16 bytes.
     pub fn codes_per_vec(&self) -> usize {
-        VEC_WORDS * 32 / self.parts().code.bits()
+        VEC_WORDS * 32 / self.parts.code.bits()
     }
 
     /// Vectors of a row.
@@ -98,7 +92,7 @@ impl PackedMatrix {
 
     /// The blocks that share scales; `None` without any.
     pub fn blocks(&self) -> Option<PackedBlocks> {
-        self.parts().blocks.map(|Blocks { rows, cols, scale, act_order }| {
+        self.parts.blocks.map(|Blocks { rows, cols, scale, act_order }| {
             let cols = cols.unwrap_or(self.cols);
             let per_row = self.cols.div_ceil(cols);
             PackedBlocks { rows, cols, per_row, scale, words: scale.words(per_row), act_order }
@@ -121,7 +115,7 @@ impl PackedMatrix {
         let (scales, order) = self.blocks().map_or((0, 0), |blocks| {
             (scale_rows * blocks.words, if blocks.act_order { self.pair * self.cols } else { 0 })
         });
-        let row_scales = if self.parts().row_scale { rows } else { 0 };
+        let row_scales = if self.parts.row_scale { rows } else { 0 };
         let bias = if self.bias { rows } else { 0 };
         [rows * self.vecs_per_row() * VEC_WORDS, scales, row_scales, order, bias]
     }
@@ -256,7 +250,7 @@ impl PackedMatrix {
                     write(span.order, &words)?;
                 }
             }
-            if self.parts().row_scale {
+            if self.parts.row_scale {
                 let scale = |row: usize| source.matrices[row % self.pair].row_scale(row / self.pair).to_bits();
                 let words: Vec<u32> = (span.row_begin..span.row_end).map(scale).collect();
                 write(span.row_scales, &words)?;
@@ -272,7 +266,7 @@ impl PackedMatrix {
 
     /// The weight at (row, column) of a packed run, as the kernels decode it: [`Matrix::get`] of where it came from.
     pub fn value(&self, segment: &[u32], span: &Span, row: usize, col: usize) -> f32 {
-        let Parts { code, blocks: _, row_scale } = self.parts();
+        let Parts { code, blocks: _, row_scale } = self.parts;
         let per_word = self.codes_per_vec() / VEC_WORDS;
         let first = span.codes + (row - span.row_begin) * self.vecs_per_row() * VEC_WORDS;
         let word = segment[first + col / per_word] >> (code.bits() * (col % per_word));
@@ -328,26 +322,32 @@ impl PackedBlocks {
         let first = words.len();
         words.resize(first + self.words, 0);
         let words = &mut words[first..];
+        let cols = matrix.shape()[1];
         for block in 0..self.per_row {
             let bits = |width: usize| (block * width / 32, (block * width % 32) as u32);
+            // The stored block, of which this one may be a piece.
+            let stored = match self.act_order {
+                true => block,
+                false => matrix.block_of((block * self.cols).min(cols - 1)),
+            };
             match self.scale {
-                PackedScale::F32 => words[block] = matrix.scale_bits(row, block),
+                PackedScale::F32 => words[block] = matrix.scale_bits(row, stored),
                 PackedScale::F16Zero | PackedScale::Bf16Zero => {
-                    words[block] = matrix.scale_bits(row, block) | matrix.zero(row, block) << 16;
+                    words[block] = matrix.scale_bits(row, stored) | matrix.zero(row, stored) << 16;
                 }
                 PackedScale::F16 | PackedScale::Bf16 => {
                     let (word, shift) = bits(16);
-                    words[word] |= matrix.scale_bits(row, block) << shift;
+                    words[word] |= matrix.scale_bits(row, stored) << shift;
                 }
                 PackedScale::E8m0 | PackedScale::E4m3 => {
                     let (word, shift) = bits(8);
-                    words[word] |= matrix.scale_bits(row, block) << shift;
+                    words[word] |= matrix.scale_bits(row, stored) << shift;
                 }
                 PackedScale::Q4K if block % 8 == 0 => {
-                    words[block / 8 * 5..][..5].copy_from_slice(&matrix.super_block(row, block / 8));
+                    words[block / 8 * 5..][..5].copy_from_slice(&matrix.super_block(row, stored / 8));
                 }
                 PackedScale::Q6K if block % 16 == 0 => {
-                    words[block / 16 * 5..][..5].copy_from_slice(&matrix.super_block(row, block / 16));
+                    words[block / 16 * 5..][..5].copy_from_slice(&matrix.super_block(row, stored / 16));
                 }
                 PackedScale::Q4K | PackedScale::Q6K => {}
             }
@@ -380,10 +380,10 @@ impl PackedBlocks {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::ScaleFormat;
+    use crate::spec::{ScaleFormat, WeightFormat};
 
     fn matrix(rows: usize, cols: usize, format: WeightFormat, pair: usize, bias: bool) -> PackedMatrix {
-        PackedMatrix { name: "test", groups: 5, rows, cols, format, pair, bias, segments: vec![] }
+        PackedMatrix { name: "test", groups: 5, rows, cols, parts: format.parts(), pair, bias, segments: vec![] }
     }
 
     fn formats() -> [WeightFormat; 4] {

@@ -114,8 +114,8 @@ pub enum RowScale {
 pub enum Matrices {
     /// That of its group: a row is token * groups + group.
     Groups,
-    /// That of the expert in `topk_ids[row]`.
-    Experts(usize),
+    /// That of `row_slots[row]`, which is one of so many.
+    Slots(usize),
 }
 
 /// See the module.
@@ -152,7 +152,7 @@ pub struct Amax {
 
 impl ValueSource {
     /// The fragment `source_value`, with what it needs.
-    fn source(self, rows_per_token: usize, cols: usize, model: FloatType) -> Source {
+    pub(super) fn source(self, rows_per_token: usize, cols: usize, model: FloatType) -> Source {
         let mut constants =
             vec![("ROWS_PER_TOKEN", Value::U32(rows_per_token as u32)), ("COLS", Value::U32(cols as u32))];
         let mut bindings = vec![PARAMS, read("rows", "array<u32>")];
@@ -189,7 +189,14 @@ impl ValueSource {
     }
 
     /// Its twin: a row of values.
-    fn row(self, words: &[u32], weights: Option<&[f32]>, row: usize, cols: usize, model: FloatType) -> Vec<f32> {
+    pub(super) fn row(
+        self,
+        words: &[u32],
+        weights: Option<&[f32]>,
+        row: usize,
+        cols: usize,
+        model: FloatType,
+    ) -> Vec<f32> {
         match self {
             Self::Rows { input, divisor, weigh } => {
                 let first = row / divisor * cols;
@@ -217,7 +224,7 @@ impl ValueSource {
         }
     }
 
-    fn weights<'a>(self, arguments: &Arguments<'a>) -> Result<Option<&'a [f32]>> {
+    pub(super) fn weights<'a>(self, arguments: &Arguments<'a>) -> Result<Option<&'a [f32]>> {
         let weighted = match self {
             Self::Rows { input: _, divisor: _, weigh } => weigh.is_some(),
             Self::Activated(activated) => activated.weighted,
@@ -284,9 +291,9 @@ impl Quantize {
                 fragments.push(shader!("fragments/quotient_divide.wgsl"));
                 fragments.push(match matrices {
                     Matrices::Groups => shader!("fragments/fixed_scale_group.wgsl"),
-                    Matrices::Experts(num_experts) => {
-                        constants.push(("NUM_EXPERTS", Value::U32(num_experts as u32)));
-                        bindings.push(read("topk_ids", "array<i32>"));
+                    Matrices::Slots(num_slots) => {
+                        constants.push(("NUM_SLOTS", Value::U32(num_slots as u32)));
+                        bindings.push(read("row_slots", "array<i32>"));
                         shader!("fragments/fixed_scale_routed.wgsl")
                     }
                 });
@@ -311,11 +318,11 @@ impl Quantize {
         };
         let fixed = match self.scale {
             RowScale::Fixed(matrices) => {
-                let ids = match matrices {
+                let slots = match matrices {
                     Matrices::Groups => None,
-                    Matrices::Experts(_) => Some(arguments.read_i32("topk_ids")?),
+                    Matrices::Slots(_) => Some(arguments.read_i32("row_slots")?),
                 };
-                Some((arguments.read_f32("fixed_scales")?, ids))
+                Some((arguments.read_f32("fixed_scales")?, slots))
             }
             RowScale::Span { group: _, rule: _, scale: _, layout: _ } | RowScale::Tensor { rule: _, scale: _ } => None,
         };
@@ -333,8 +340,8 @@ impl Quantize {
                     (RowScale::Span { group: _, rule, scale, layout: _ }, _, _) => span(values, rule, scale),
                     (_, Some(tensor), _) => tensor,
                     (_, None, Some((table, None))) => SpanScale::fixed(table[row % self.rows_per_token]),
-                    (_, None, Some((table, Some(ids)))) => {
-                        let scale = usize::try_from(ids[row]).ok().and_then(|id| table.get(id));
+                    (_, None, Some((table, Some(slots)))) => {
+                        let scale = usize::try_from(slots[row]).ok().and_then(|slot| table.get(slot));
                         SpanScale::fixed(scale.copied().unwrap_or(1.0))
                     }
                     (_, None, None) => SpanScale::fixed(f32::NAN),
@@ -431,9 +438,9 @@ impl Amax {
         bindings.push(write("partial_amax", "array<u32>"));
         fragments.push(match self.matrices {
             Matrices::Groups => shader!("fragments/counts_all.wgsl"),
-            Matrices::Experts(num_experts) => {
-                constants.push(("NUM_EXPERTS", Value::U32(num_experts as u32)));
-                bindings.push(read("topk_ids", "array<i32>"));
+            Matrices::Slots(num_slots) => {
+                constants.push(("NUM_SLOTS", Value::U32(num_slots as u32)));
+                bindings.push(read("row_slots", "array<i32>"));
                 shader!("fragments/counts_routed.wgsl")
             }
         });
@@ -444,12 +451,12 @@ impl Amax {
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
         let rows = arguments.tokens()? * self.rows_per_token;
         let (words, weights) = (arguments.read("rows")?, self.source.weights(arguments)?);
-        let ids = match self.matrices {
+        let slots = match self.matrices {
             Matrices::Groups => None,
-            Matrices::Experts(num_experts) => Some((arguments.read_i32("topk_ids")?, num_experts)),
+            Matrices::Slots(num_slots) => Some((arguments.read_i32("row_slots")?, num_slots)),
         };
         let counts =
-            |row: usize| ids.is_none_or(|(ids, experts)| usize::try_from(ids[row]).is_ok_and(|id| id < experts));
+            |row: usize| slots.is_none_or(|(slots, count)| usize::try_from(slots[row]).is_ok_and(|slot| slot < count));
         let part = |part: usize| {
             let rows = (part..rows).step_by(AMAX_PARTS).filter(|&row| counts(row));
             let largest = rows.map(|row| {

@@ -50,6 +50,8 @@ pub struct Schedule {
     pub chunk_tokens: usize,
     /// Every buffer.
     pub buffers: Vec<Buffer>,
+    /// What [`Table::ExpertSlots`] holds.
+    pub expert_slots: Vec<i32>,
     /// The packed weights.
     pub matrices: Vec<PackedMatrix>,
     /// Variants by number of tokens, ascending; the last takes all.
@@ -72,7 +74,7 @@ pub struct Diagnostics {
     pub shared: MlpDiagnostics,
     /// Values of the output that overflowed its type: that are infinite.
     pub infinite_outputs: u32,
-    /// Rows of each expert.
+    /// Rows of each expert; with a batched entry of each slot.
     pub load: Vec<u32>,
 }
 
@@ -88,6 +90,10 @@ pub struct MlpDiagnostics {
     /// Likewise of what the second GEMM reads.
     pub saturated_hidden: u32,
 }
+
+/// The buffer u32 `[E]`, scratch, in which each call of a layer with [`Placement::Map`](crate::spec::Placement) counts
+/// the rows that chose each expert and missed it: their tokens are NaN until it is here.
+pub const EXPERT_MISSES: &str = "expert_misses";
 
 /// Counters before those of the load.
 pub(crate) const LOAD_SLOT: usize = 10;
@@ -127,6 +133,12 @@ pub enum Contents {
     Output,
     /// Caller: [T, H], if the experts read another input.
     ExpertHiddenStates,
+    /// Caller: i32 `[T]`, -1 for none, if there are adapters.
+    AdapterIds,
+    /// Caller: u32 `[slots]`, rows of each slot of a batched entry.
+    Counts,
+    /// Caller: f32 `[T]`, weights of a batched entry that act inside of the experts.
+    RowWeights,
     /// Caller: f32 [T, outputs], if the router's logits are given.
     GivenLogits,
     /// Caller: f32 [T, S], the router's state of the previous layer.
@@ -164,7 +176,7 @@ pub enum Contents {
 /// A table that stays as the weights have it; f32 but for the first two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Table {
-    /// i32 `slots[id]` of each expert.
+    /// i32 [E, replicas], of [`Placement::Map`](crate::spec::Placement); the caller may give another.
     ExpertSlots,
     /// i32 [`vocab_size`, k].
     Tid2eid,
@@ -298,6 +310,9 @@ impl Schedule {
             Contents::HiddenStates
             | Contents::TokenIds
             | Contents::ExpertHiddenStates
+            | Contents::AdapterIds
+            | Contents::Counts
+            | Contents::RowWeights
             | Contents::GivenLogits
             | Contents::PreviousRouterStates
             | Contents::RouterStates
@@ -348,6 +363,9 @@ impl Contents {
             Self::HiddenStates
             | Self::TokenIds
             | Self::ExpertHiddenStates
+            | Self::AdapterIds
+            | Self::Counts
+            | Self::RowWeights
             | Self::GivenLogits
             | Self::PreviousRouterStates
             | Self::Output

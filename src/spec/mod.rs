@@ -4,16 +4,22 @@
 //! and every consumer destructures it with every field named, so a new field does not compile
 //! until each consumer says what it does with it.
 //!
-//! A long file on purpose: the vocabulary in one place, but for the formats of weights and activations, which
-//! are in `format.rs`. `validate.rs` has the rules.
+//! A long file on purpose: the vocabulary in one place, but for the formats of weights and activations
+//! (`format.rs`), adapters (`lora.rs`) and what a device holds of a layer (`distribution.rs`). `validate.rs` has the
+//! rules.
 //!
 //! Notation of the docs: T tokens, E experts, k = `top_k`, H = `hidden_size`, I = `intermediate_size`,
 //! x one row of hidden states, l logits, s scores, w routing weights.
 
+mod distribution;
 mod format;
+mod lora;
 mod validate;
 
+pub(crate) use distribution::replica;
+pub use distribution::{CommonTerms, Entry, Placement, Slot, TensorShard};
 pub use format::{ActivationCode, ActivationQuant, ActivationScale, ScaleFormat, ScaleRule, ScaleSpan, WeightFormat};
+pub use lora::{Lora, LoraDelta};
 
 /// One Mixture-of-Experts layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,6 +52,8 @@ pub struct MoeSpec {
     pub placement: Placement,
     /// Which part of the intermediate size this device holds.
     pub shard: TensorShard,
+    /// Whether this device adds what a sum over devices has once.
+    pub common_terms: CommonTerms,
     /// How rows enter the experts.
     pub entry: Entry,
     /// Types at the boundary and the roundings inside.
@@ -461,26 +469,6 @@ pub struct OutputNorm {
     pub eps: f32,
 }
 
-/// Low-rank adapters: `G1 += B13 (A13 x)`, `G2 += w B2 (A2 h)`; alpha / r is folded into B.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Lora {
-    /// Adapters loaded.
-    pub num_adapters: usize,
-    /// r.
-    pub rank: usize,
-    /// How the delta joins.
-    pub delta: LoraDelta,
-}
-
-/// How a LoRA delta joins the base value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum LoraDelta {
-    /// Added in f32.
-    F32,
-    /// Rounded to the model's type, then added in it.
-    Model,
-}
-
 /// What the experts read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ExpertInput {
@@ -488,53 +476,6 @@ pub enum ExpertInput {
     Hidden,
     /// A second input of the same shape, for routed, shared and zero experts (Gemma-4).
     Separate,
-}
-
-/// Which experts this device holds. An expert that is elsewhere contributes 0.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Placement {
-    /// All.
-    All,
-    /// `first .. first + count`.
-    Range {
-        /// First expert here.
-        first: usize,
-        /// How many.
-        count: usize,
-    },
-    /// `slots[id]`: slot of expert id here, -1 if elsewhere.
-    Map {
-        /// One entry an expert.
-        slots: Vec<i32>,
-    },
-}
-
-/// Which part of the intermediate size this device holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TensorShard {
-    /// All of it.
-    Whole,
-    /// Columns `first .. first + size`; the down bias and the shared expert belong to one shard.
-    Part {
-        /// First column here.
-        first: usize,
-        /// How many.
-        size: usize,
-        /// Whether this shard adds the down bias.
-        owns_down_bias: bool,
-    },
-}
-
-/// How rows enter the experts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Entry {
-    /// [T, H], permuted inside.
-    TokenMajor,
-    /// [experts here, capacity, H] and counts; rows beyond a count are undefined.
-    Batched {
-        /// Rows per expert.
-        capacity: usize,
-    },
 }
 
 /// A float type at the layer's boundary or of a rounding step.

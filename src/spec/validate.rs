@@ -1,11 +1,11 @@
 //! The rules of a spec that need no device, each with the field it names.
 
 use super::{
-    Activation, ActivationRounding, BlockScale, ChosenScore, CombineOrder, CombineRounding, Denominator, Entry,
-    ExpertInput, ExpertMlp, FloatType, GateUpLayout, GroupScore, Groups, Latent, LatentNorm, LogitTransform, Lora,
-    LoraDelta, MAX_ROUTER_OUTPUTS, MAX_WIDTH, MoeSpec, NanPolicy, Orientation, OutputNorm, Placement, Precision,
-    Rounding, Router, RouterInput, Routing, RoutingMethod, Score, SelectionKey, SharedCombination, SharedExperts,
-    SharedGate, TensorShard, WeightPosition, ZeroExpertKind, ZeroExperts,
+    Activation, ActivationRounding, BlockScale, ChosenScore, CombineOrder, CombineRounding, CommonTerms, Denominator,
+    Entry, ExpertInput, ExpertMlp, FloatType, GateUpLayout, GroupScore, Groups, Latent, LatentNorm, LogitTransform,
+    MAX_ROUTER_OUTPUTS, MAX_WIDTH, MoeSpec, NanPolicy, Orientation, OutputNorm, Placement, Precision, Rounding, Router,
+    RouterInput, Routing, RoutingMethod, Score, SelectionKey, SharedCombination, SharedExperts, SharedGate,
+    TensorShard, WeightPosition, ZeroExpertKind, ZeroExperts,
 };
 use crate::error::{Error, Result};
 
@@ -30,6 +30,7 @@ impl MoeSpec {
             output_norm,
             placement,
             shard,
+            common_terms,
             entry,
             precision,
         } = self;
@@ -97,10 +98,6 @@ impl MoeSpec {
                 }
             }
         }
-        if let Some(Lora { num_adapters, rank, delta: LoraDelta::F32 | LoraDelta::Model }) = lora {
-            width("lora.num_adapters", *num_adapters)?;
-            width("lora.rank", *rank)?;
-        }
         match (latent, routing.zero_experts) {
             (Some(_), Some(ZeroExperts { count: _, kind: ZeroExpertKind::Identity })) => {
                 return Err(Error::invalid(
@@ -118,46 +115,15 @@ impl MoeSpec {
         if let Some(OutputNorm { eps }) = output_norm {
             positive("output_norm.eps", *eps)?;
         }
-        match placement {
-            Placement::All => {}
-            Placement::Range { first, count } => {
-                if first.checked_add(*count).is_none_or(|end| end > *num_experts) {
-                    return Err(Error::invalid(
-                        "placement",
-                        format!("{first} + {count}"),
-                        format!("a range inside 0..{num_experts}"),
-                        "correct the expert range of this device",
-                    ));
-                }
-            }
-            Placement::Map { slots } => {
-                if slots.len() != *num_experts {
-                    return Err(Error::invalid(
-                        "placement.slots",
-                        format!("{} entries", slots.len()),
-                        format!("{num_experts}, one an expert"),
-                        "give a slot or -1 for each expert",
-                    ));
-                }
-            }
-        }
-        match shard {
-            TensorShard::Whole => {}
-            TensorShard::Part { first, size, owns_down_bias: true | false } => {
-                let whole = experts.intermediate_size;
-                if *size == 0 || first.checked_add(*size).is_none_or(|end| end > whole) {
-                    return Err(Error::invalid(
-                        "shard",
-                        format!("{first} + {size}"),
-                        format!("a part of 0..{whole}"),
-                        "correct the shard of intermediate_size",
-                    ));
-                }
-            }
-        }
-        match entry {
-            Entry::TokenMajor => {}
-            Entry::Batched { capacity } => width("entry.capacity", *capacity)?,
+        let (Placement::All
+        | Placement::Range { first: _, count: _ }
+        | Placement::Map { num_slots: _, replicas: _, slots: _ }) = placement;
+        let (TensorShard::Whole | TensorShard::Part { first: _, size: _, owns_down_bias: _ }) = shard;
+        let (Entry::TokenMajor | Entry::Batched { capacity: _ }) = entry;
+        let (CommonTerms::Here | CommonTerms::Elsewhere) = common_terms;
+        self.validate_distribution()?;
+        if let Some(lora) = lora {
+            lora.validate(self.num_slots())?;
         }
         let Precision {
             input: FloatType::F32 | FloatType::F16 | FloatType::Bf16,

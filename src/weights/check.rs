@@ -2,11 +2,12 @@
 
 use super::tensor::finite;
 use super::{
-    InputScales, LatentNormWeights, LatentWeights, Matrix, MlpWeights, MoeWeights, RouterMlpWeights, RouterWeights,
+    InputScales, LatentNormWeights, LatentWeights, LoraWeights, Matrix, MlpWeights, MoeWeights, RouterMlpWeights,
+    RouterWeights,
 };
 use crate::error::{Error, Result};
 use crate::spec::{
-    ActivationQuant, ExpertMlp, Latent, LatentNorm, MoeSpec, Router, RouterInput, RoutingMethod, SharedExperts,
+    ActivationQuant, ExpertMlp, Latent, LatentNorm, Lora, MoeSpec, Router, RouterInput, RoutingMethod, SharedExperts,
     SharedGate, WeightFormat,
 };
 
@@ -127,7 +128,8 @@ impl LatentWeights<'_> {
 }
 
 impl MlpWeights<'_> {
-    fn check(&self, mlp: &ExpertMlp, hidden_size: usize, path: &str) -> Result<()> {
+    /// Against an MLP of which `inner` columns are here, and a down bias or not.
+    fn check(&self, mlp: &ExpertMlp, [hidden_size, inner]: [usize; 2], owns_down_bias: bool, path: &str) -> Result<()> {
         let Self { gate, up, down, gate_bias, up_bias, down_bias, input_scales } = self;
         let fixed = match mlp.activation_quant {
             ActivationQuant::None | ActivationQuant::Dynamic { code: _, span: _, rule: _, scale: _ } => false,
@@ -143,7 +145,6 @@ impl MlpWeights<'_> {
             }
         }
         let gated = mlp.activation.gated();
-        let inner = mlp.intermediate_size;
         present("experts.gate", gate.is_some(), gated)?;
         if let Some(gate) = gate {
             expect_matrix(path, gate, [inner, hidden_size], mlp.format)?;
@@ -152,7 +153,22 @@ impl MlpWeights<'_> {
         expect_matrix(path, down, [hidden_size, inner], mlp.format)?;
         vector("experts.gate_bias", gate_bias.as_deref(), mlp.gate_up_bias && gated, inner)?;
         vector("experts.up_bias", up_bias.as_deref(), mlp.gate_up_bias, inner)?;
-        vector("experts.down_bias", down_bias.as_deref(), mlp.down_bias, hidden_size)
+        vector("experts.down_bias", down_bias.as_deref(), mlp.down_bias && owns_down_bias, hidden_size)
+    }
+}
+
+impl LoraWeights<'_> {
+    fn check(&self, lora: &Lora, gated: bool, [width, inner]: [usize; 2]) -> Result<()> {
+        let Self { gate_up_a, gate_b, up_b, down_a, down_b } = self;
+        let Lora { num_adapters: _, rank, format, delta: _ } = lora;
+        present("lora.gate_b", gate_b.is_some(), gated)?;
+        if let Some(gate_b) = gate_b {
+            expect_matrix("lora.gate_b", gate_b, [inner, *rank], *format)?;
+        }
+        expect_matrix("lora.gate_up_a", gate_up_a, [*rank, width], *format)?;
+        expect_matrix("lora.up_b", up_b, [inner, *rank], *format)?;
+        expect_matrix("lora.down_a", down_a, [*rank, inner], *format)?;
+        expect_matrix("lora.down_b", down_b, [width, *rank], *format)
     }
 }
 
@@ -162,31 +178,43 @@ impl MoeWeights<'_> {
     /// # Errors
     /// Names the tensor that is missing, surplus, misshapen or out of range.
     pub fn check(&self, spec: &MoeSpec) -> Result<()> {
-        let Self { router, experts, shared, shared_gate, latent, output_bias, output_norm } = self;
-        router.check(spec)?;
+        let Self { router, experts, lora, shared, shared_gate, latent, output_bias, output_norm } = self;
+        if !spec.entry.is_batched() {
+            router.check(spec)?;
+        }
         let count = |field: &'static str, found: usize, expected: usize| match found == expected {
             true => Ok(()),
             false => Err(Error::invalid(
                 field,
                 format!("weights of {found}"),
                 format!("of {expected}"),
-                "give the weights of each expert, by id",
+                "give the weights of each expert that is here, by slot",
             )),
         };
-        count("experts", experts.len(), spec.num_experts)?;
+        count("experts", experts.len(), spec.num_slots())?;
+        let (_, inner) = spec.shard.columns(spec.experts.intermediate_size);
+        let width = spec.expert_width();
         for expert in experts {
-            expert.check(&spec.experts, spec.expert_width(), "experts")?;
+            expert.check(&spec.experts, [width, inner], spec.shard.owns_down_bias(), "experts")?;
         }
-        count("shared", shared.len(), spec.shared_mlps())?;
+        count("lora", lora.len(), spec.lora.as_ref().map_or(0, |lora| lora.num_adapters))?;
+        for adapter in lora {
+            count("lora", adapter.len(), spec.num_slots())?;
+            for (expert, lora) in adapter.iter().zip(&spec.lora) {
+                expert.check(lora, spec.experts.activation.gated(), [width, inner])?;
+            }
+        }
+        let common = spec.adds_common_terms();
+        count("shared", shared.len(), if common { spec.shared_mlps() } else { 0 })?;
         let mut gated = false;
         if let Some(SharedExperts { mlp, gate, combination: _ }) = &spec.shared {
             for shared in shared {
-                shared.check(mlp, spec.hidden_size, "shared")?;
+                shared.check(mlp, [spec.hidden_size, mlp.intermediate_size], true, "shared")?;
             }
             match gate {
                 SharedGate::None | SharedGate::Joint => {}
                 SharedGate::Sigmoid { format } => {
-                    gated = true;
+                    gated = common;
                     if let Some(row) = shared_gate {
                         expect_matrix("shared.gate", row, [1, spec.hidden_size], *format)?;
                     }
@@ -198,7 +226,7 @@ impl MoeWeights<'_> {
         if let (Some(weights), Some(latent)) = (latent, &spec.latent) {
             weights.check(latent, spec.hidden_size)?;
         }
-        vector("output_bias", output_bias.as_deref(), spec.output_bias, spec.hidden_size)?;
+        vector("output_bias", output_bias.as_deref(), spec.output_bias && common, spec.hidden_size)?;
         vector("output_norm", output_norm.as_deref(), spec.output_norm.is_some(), spec.hidden_size)
     }
 }

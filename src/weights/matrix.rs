@@ -3,6 +3,7 @@
 //! A long file: every arrangement of codes, scales and zeros, each next to the check of its sizes.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use safetensors::Dtype;
 
@@ -114,6 +115,8 @@ pub struct Matrix<'a> {
     /// Our rows among the stored ones.
     first_row: usize,
     row_step: usize,
+    /// Our first column among the stored ones.
+    first_col: usize,
     scales: Option<Scales<'a>>,
     zeros: Option<Zeros<'a>>,
     row_scales: RowScales,
@@ -262,6 +265,7 @@ impl<'a> Matrix<'a> {
             arrangement: Arrangement::Strided { offset: 0, row: 0, col: 0 },
             first_row,
             row_step,
+            first_col: 0,
             scales: None,
             zeros: None,
             row_scales: RowScales::None,
@@ -691,15 +695,37 @@ impl<'a> Matrix<'a> {
         [self.rows, self.cols]
     }
 
-    /// Scales of a row of blocks; 0 without any.
-    pub fn blocks_per_row(&self) -> usize {
+    /// A part of it: these rows and columns. Blocks keep their numbers and scales, wherever the part begins.
+    ///
+    /// # Errors
+    /// A range that is empty or leaves the matrix.
+    pub fn part(&self, rows: Range<usize>, cols: Range<usize>) -> Result<Self> {
+        for (range, size) in [(&rows, self.rows), (&cols, self.cols)] {
+            if range.is_empty() || range.end > size {
+                let expected = format!("a part of 0..{size} of {:?}", self.shape());
+                return Err(Error::invalid(self.name.to_string(), format!("{range:?}"), expected, "correct the shard"));
+            }
+        }
+        let mut part = self.clone();
+        part.first_row = self.stored_row(rows.start);
+        part.first_col += cols.start;
+        (part.rows, part.cols) = (rows.len(), cols.len());
+        if let RowScales::Each(scales) = &self.row_scales {
+            part.row_scales = RowScales::Each(scales[rows].to_vec());
+        }
+        Ok(part)
+    }
+
+    /// Scales of a row of blocks, before a part is taken; 0 without any.
+    fn blocks_per_row(&self) -> usize {
         self.parts
             .blocks
             .map_or(0, |Blocks { rows: _, cols, scale: _, act_order: _ }| self.cols.div_ceil(cols.unwrap_or(self.cols)))
     }
 
-    /// Which block of its row a column belongs to.
+    /// Which block of its stored row a column belongs to.
     pub fn block_of(&self, col: usize) -> usize {
+        let col = self.first_col + col;
         match (&self.order, self.parts.blocks) {
             (Some(order), _) => order[col] as usize,
             (None, Some(Blocks { rows: _, cols: Some(cols), scale: _, act_order: _ })) => col / cols,
@@ -723,7 +749,7 @@ impl<'a> Matrix<'a> {
     /// The bits of element (row, col) as the kernels keep them, in the low bits.
     pub fn code(&self, row: usize, col: usize) -> u32 {
         debug_assert!(row < self.rows && col < self.cols);
-        let (bytes, stored) = (self.bytes, self.stored_row(row));
+        let (bytes, stored, col) = (self.bytes, self.stored_row(row), self.first_col + col);
         match self.arrangement {
             Arrangement::Strided { offset, row, col: step } => {
                 let index = offset + stored * row + col * step;

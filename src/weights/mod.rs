@@ -1,6 +1,7 @@
 //! Borrowed weights of one layer, checked against its spec. Changes no value.
 
 mod check;
+mod distribution;
 mod matrix;
 mod parts;
 mod tensor;
@@ -100,13 +101,32 @@ pub struct InputScales {
     pub down: f32,
 }
 
-/// Weights of one layer.
+/// One adapter on one expert; r is [`Lora::rank`](crate::spec::Lora), L the width at which routed experts work.
+#[derive(Debug, Clone)]
+pub struct LoraWeights<'a> {
+    /// A13 [r, L].
+    pub gate_up_a: Matrix<'a>,
+    /// B of the gate [I, r]; `None` for an activation without gate.
+    pub gate_b: Option<Matrix<'a>>,
+    /// B of up [I, r].
+    pub up_b: Matrix<'a>,
+    /// A2 [r, I].
+    pub down_a: Matrix<'a>,
+    /// B2 [L, r].
+    pub down_b: Matrix<'a>,
+}
+
+/// Weights of one layer. Where a device has a part of it, those that it has:
+/// [`MoeWeights::part`] takes them from the whole.
 #[derive(Debug, Clone)]
 pub struct MoeWeights<'a> {
     /// The router's.
     pub router: RouterWeights<'a>,
-    /// One entry an expert, by id. Empty where only the routing is planned.
+    /// One entry a slot ([`Placement`](crate::spec::Placement)): by id where all experts are here. Empty where only
+    /// the routing is planned.
     pub experts: Vec<MlpWeights<'a>>,
+    /// Of each adapter, one entry a slot.
+    pub lora: Vec<Vec<LoraWeights<'a>>>,
     /// The shared experts': [`MoeSpec::shared_mlps`](crate::spec::MoeSpec::shared_mlps) of them.
     pub shared: Vec<MlpWeights<'a>>,
     /// [1, H], if the shared expert has a sigmoid gate.
@@ -162,7 +182,7 @@ pub struct Damage {
 impl MoeWeights<'_> {
     /// Every matrix with the path of its field.
     pub fn matrices(&self) -> Vec<(String, &Matrix<'_>)> {
-        let Self { router, experts, shared, shared_gate, latent, output_bias: _, output_norm: _ } = self;
+        let Self { router, experts, lora, shared, shared_gate, latent, output_bias: _, output_norm: _ } = self;
         let mut all: Vec<(String, &Matrix<'_>)> = vec![];
         all.extend(router.weight.iter().map(|weight| ("router.weight".into(), weight)));
         if let Some(RouterMlpWeights {
@@ -187,6 +207,13 @@ impl MoeWeights<'_> {
                 all.extend(gate.iter().map(|gate| (format!("{path}[{index}].gate"), gate)));
                 all.push((format!("{path}[{index}].up"), up));
                 all.push((format!("{path}[{index}].down"), down));
+            }
+        }
+        for (adapter, experts) in lora.iter().enumerate() {
+            for (index, LoraWeights { gate_up_a, gate_b, up_b, down_a, down_b }) in experts.iter().enumerate() {
+                let named = [("gate_up_a", gate_up_a), ("up_b", up_b), ("down_a", down_a), ("down_b", down_b)];
+                let named = named.into_iter().chain(gate_b.iter().map(|gate_b| ("gate_b", gate_b)));
+                all.extend(named.map(|(name, matrix)| (format!("lora[{adapter}][{index}].{name}"), matrix)));
             }
         }
         all.extend(shared_gate.iter().map(|gate| ("shared.gate".into(), gate)));

@@ -95,6 +95,45 @@ pub struct Parts {
     pub row_scale: bool,
 }
 
+impl Parts {
+    /// Those of a matrix that begins at row `row` of one of these. Blocks that a cut goes through become smaller
+    /// ones, each with the scale of the block that it is a piece of.
+    pub fn cut_rows(self, row: usize) -> Self {
+        let cut = |blocks: Blocks| Blocks { rows: piece(blocks.rows, row), ..blocks };
+        Self { blocks: self.blocks.map(cut), ..self }
+    }
+
+    /// Those of some of the columns of one of these, from `col` on. `None` where a piece has no scale of its own:
+    /// inside of a super-block, or with an order of columns.
+    pub fn cut_cols(self, col: usize) -> Option<Self> {
+        let Some(Blocks { rows, cols, scale, act_order }) = self.blocks else { return Some(self) };
+        let whole = match scale {
+            PackedScale::Q4K | PackedScale::Q6K => 256,
+            PackedScale::F32
+            | PackedScale::F16
+            | PackedScale::Bf16
+            | PackedScale::E8m0
+            | PackedScale::E4m3
+            | PackedScale::F16Zero
+            | PackedScale::Bf16Zero => 1,
+        };
+        if act_order || !col.is_multiple_of(whole) {
+            return None;
+        }
+        let blocks = Blocks { rows, cols: cols.map(|cols| piece(cols, col)), scale, act_order };
+        Some(Self { blocks: Some(blocks), ..self })
+    }
+}
+
+/// The largest size of pieces in which a run of blocks of `block` can be counted from `first` on.
+fn piece(block: usize, first: usize) -> usize {
+    let (mut a, mut b) = (block, first % block);
+    while b > 0 {
+        (a, b) = (b, a % b);
+    }
+    a
+}
+
 impl WeightFormat {
     /// Its codes and scales.
     pub fn parts(self) -> Parts {

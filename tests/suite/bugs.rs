@@ -612,7 +612,7 @@ fn bug_25_mxfp4_blocks_are_scaled_by_the_power_that_reaches_their_largest_value(
                 groups: 1,
                 rows: 1,
                 cols: 256,
-                format: WeightFormat::Mxfp4,
+                parts: WeightFormat::Mxfp4.parts(),
                 pair: 1,
                 bias: false,
                 segments: vec![],
@@ -717,6 +717,9 @@ fn bug_42_every_number_of_tokens_gives_a_token_the_same_row() {
         expert_hidden_states: None,
         logits: None,
         router_states: None,
+        adapter_ids: None,
+        counts: None,
+        row_weights: None,
     };
     for tokens in [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32, 33, 63, 64, 65, 70] {
         check_inputs(&layer, tokens, &crate::rig::AUTO, &first(tokens), &format!("{tokens} tokens"));

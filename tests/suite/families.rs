@@ -65,6 +65,7 @@ pub fn layer(
         output_norm: None,
         placement: Placement::All,
         shard: TensorShard::Whole,
+        common_terms: CommonTerms::Here,
         entry: Entry::TokenMajor,
         precision: Precision {
             input: FloatType::Bf16,

@@ -43,7 +43,8 @@ impl Slack {
         let inside = precision.gate_up == Rounding::Model
             || precision.weighted_input == Rounding::Model
             || precision.activation != ActivationRounding::F32
-            || precision.combine != CombineRounding::F32;
+            || precision.combine != CombineRounding::F32
+            || matches!(spec.lora, Some(Lora { delta: LoraDelta::Model, .. }));
         // Several steps of one value may go the other way, one behind the other.
         let rows = if inside { 4.0 * half_ulp(precision.model) } else { 0.0 };
         // 1 + tanh cancels: where it leaves 1e-4, its relative error is 1e-3, and a norm makes that of a whole row.
@@ -68,7 +69,9 @@ fn same(a: f32, b: f32, allowed: f32) -> bool {
 /// Compares what each token got. A token may have other experts, or another order of them, only where the
 /// reference itself chooses so after logits moved by rounding; such tokens are few.
 fn compare(layer: &RandomLayer, want: &reference::Layer, got: &Outcome, what: &str) {
-    let (k, h) = (layer.spec.top_k, layer.spec.hidden_size);
+    // Rows of a batched entry are routed and combined elsewhere.
+    let k = if layer.spec.entry.is_batched() { 0 } else { layer.spec.top_k };
+    let h = layer.spec.hidden_size;
     let (shares, slack) = (layer.spec.joint_shares(), Slack::of(&layer.spec));
     let tokens = want.output.len() / h;
     let mut compared = 0;
@@ -167,6 +170,7 @@ fn near_tie(layer: &RandomLayer, want: &reference::Layer, token: usize, ids: &[i
 }
 
 pub fn check(layer: &RandomLayer, tokens: usize, options: &Options, what: &str) {
+    let tokens = layer.tokens(tokens);
     check_inputs(layer, tokens, options, &layer.all_inputs(tokens, 7), what);
 }
 
@@ -365,12 +369,8 @@ fn supports_says_what_planning_says() {
         let rng = &mut Rng::with_seed(seed as u64);
         // A part that no backend has, in one of two specs.
         match rng.usize(0..12) {
-            0 => spec.lora = Some(Lora { num_adapters: 2, rank: 4, delta: LoraDelta::F32 }),
-            1 => spec.placement = Placement::Range { first: 0, count: spec.num_experts },
-            2 => spec.shard = TensorShard::Part { first: 0, size: 1, owns_down_bias: true },
-            3 => spec.entry = Entry::Batched { capacity: 4 },
-            4 => spec.precision.block_scale = BlockScale::Folded,
-            5 => spec.experts.format = WeightFormat::Fp8Block { block: [8, 12], scale: ScaleFormat::F32 },
+            0..4 => spec.precision.block_scale = BlockScale::Folded,
+            4..6 => spec.experts.format = WeightFormat::Fp8Block { block: [8, 12], scale: ScaleFormat::F32 },
             _ => {}
         }
         let layer = RandomLayer::new(spec, seed as u64);
@@ -424,7 +424,8 @@ pub fn ids_and_weights_of_a_caller(count: usize) {
         host.submit(encoder).unwrap();
         session.outcome(tokens).unwrap().output
     }
-    for (seed, mut spec) in specs(count).into_iter().enumerate() {
+    // Rows of a batched entry have no ids.
+    for (seed, mut spec) in specs(count).into_iter().filter(|spec| !spec.entry.is_batched()).enumerate() {
         let rng = &mut Rng::with_seed(seed as u64);
         // Roundings have tests of their own; here every value is compared closely.
         spec.precision = Precision {

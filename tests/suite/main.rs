@@ -5,6 +5,7 @@ mod bugs;
 mod configs;
 mod contracts;
 mod diagnostics;
+mod distribution;
 mod encoders;
 mod families;
 mod family_golden;

@@ -27,8 +27,16 @@ fn round_trip(rng: &mut Rng, format: WeightFormat, [rows, cols]: [usize; 2], pai
     let owned: Vec<OwnedMatrix> = (0..pair).map(|_| OwnedMatrix::random(rng, format, [rows, cols])).collect();
     let views: Vec<_> = owned.iter().map(OwnedMatrix::view).collect();
     let biases: Vec<Vec<f32>> = (0..pair).map(|_| (0..rows).map(|_| rng.f32()).collect()).collect();
-    let matrix =
-        PackedMatrix { name: "test", groups: 1, rows: pair * rows, cols, format, pair, bias: true, segments: vec![] };
+    let matrix = PackedMatrix {
+        name: "test",
+        groups: 1,
+        rows: pair * rows,
+        cols,
+        parts: format.parts(),
+        pair,
+        bias: true,
+        segments: vec![],
+    };
     let placed = matrix.place("test", 9000).unwrap();
     let mut seen = 0;
     for (at, segment) in placed.segments.iter().enumerate() {

@@ -87,7 +87,7 @@ const DENOMINATORS: [Option<Denominator>; 8] = [
 const ROUNDINGS: [Rounding; 2] = [Rounding::F32, Rounding::Model];
 
 /// Fields and how many values each has. A spec is first one number for each of them.
-const FIELDS: [(&str, usize); 46] = [
+const FIELDS: [(&str, usize); 52] = [
     ("hidden_size", 8),
     ("num_experts", 9),
     ("top_k", 4),
@@ -134,6 +134,12 @@ const FIELDS: [(&str, usize); 46] = [
     ("precision.activation", 3),
     ("precision.combine", 3),
     ("precision.combine_order", 2),
+    ("lora", 3),
+    ("lora.format", 3),
+    ("placement", 4),
+    ("shard", 3),
+    ("common_terms", 2),
+    ("entry", 4),
 ];
 
 type Choices = [usize; FIELDS.len()];
@@ -187,7 +193,7 @@ fn covering(count: usize) -> Vec<Choices> {
 }
 
 /// Whether the codes of such weights can meet codes of activations.
-fn sums_codes(format: WeightFormat) -> bool {
+pub fn sums_codes(format: WeightFormat) -> bool {
     !matches!(format, WeightFormat::Q4K | WeightFormat::Int4 { act_order: true, .. })
 }
 
@@ -321,7 +327,7 @@ fn spec(choices: &Choices, rng: &mut Rng) -> MoeSpec {
         },
         combination: [SharedCombination::Sum, SharedCombination::Average][choice("shared.combination")],
     });
-    let spec = MoeSpec {
+    let mut spec = MoeSpec {
         hidden_size,
         num_experts,
         top_k,
@@ -346,6 +352,7 @@ fn spec(choices: &Choices, rng: &mut Rng) -> MoeSpec {
         output_norm: (choice("output_norm") == 1).then_some(OutputNorm { eps: 0.05 }),
         placement: Placement::All,
         shard: TensorShard::Whole,
+        common_terms: CommonTerms::Here,
         entry: Entry::TokenMajor,
         precision: Precision {
             input: TYPES[choice("precision.input")],
@@ -363,8 +370,101 @@ fn spec(choices: &Choices, rng: &mut Rng) -> MoeSpec {
             block_scale: BlockScale::Exact,
         },
     };
+    distribute(&mut spec, &choice, rng);
     spec.validate().unwrap();
     spec
+}
+
+/// Adapters, and what a device has of the layer; what cannot stand beside a part of a layer gives way.
+fn distribute(spec: &mut MoeSpec, choice: &dyn Fn(&str) -> usize, rng: &mut Rng) {
+    let (num_experts, inner) = (spec.num_experts, spec.experts.intermediate_size);
+    spec.lora = (choice("lora") > 0).then(|| Lora {
+        num_adapters: rng.usize(1..4),
+        rank: [1, 4, 16][rng.usize(0..3)],
+        format: FORMATS[choice("lora.format")],
+        delta: [LoraDelta::F32, LoraDelta::Model][choice("lora") - 1],
+    });
+    spec.placement = match choice("placement") {
+        0 => Placement::All,
+        1 => {
+            let count = rng.usize(1..=num_experts);
+            Placement::Range { first: rng.usize(0..=num_experts - count), count }
+        }
+        kind => map(num_experts, kind == 3, rng),
+    };
+    // Where columns share scales, pieces of 16 of them can have their own; orders and super-blocks cannot be cut.
+    let cut = match spec.experts.format {
+        WeightFormat::Int4 { act_order: true, .. } => None,
+        WeightFormat::Q4K | WeightFormat::Q6K => Some(256),
+        format if format.parts().blocks.is_some() => Some(16),
+        _ => Some(1),
+    };
+    // Codes meet codes in blocks of 16 columns at least, so some shards begin at a block.
+    let cut = cut.map(|cut| if spec.experts.activation_quant.is_on() { 32.max(cut) } else { cut });
+    if let (Some(cut), true) = (cut, choice("shard") > 0) {
+        let first = rng.usize(0..inner.div_ceil(cut)) * cut;
+        let size = rng.usize(1..=inner - first);
+        // Half bytes and whole blocks of the checkpoint.
+        spec.shard = TensorShard::Part { first, size, owns_down_bias: choice("shard") == 1 };
+    }
+    let partial = spec.placement.is_partial() || spec.shard.is_partial();
+    if partial {
+        spec.output_norm = None;
+        if let Some(latent) = &mut spec.latent {
+            let cuts_row = matches!(latent.norm, LatentNorm::PreAndPost { .. }) && spec.shard.is_partial();
+            if cuts_row || matches!(latent.norm, LatentNorm::Reduced { .. }) {
+                latent.norm = LatentNorm::None;
+            }
+        }
+        spec.common_terms = [CommonTerms::Here, CommonTerms::Elsewhere][choice("common_terms")];
+    }
+    if choice("entry") == 3 {
+        spec.entry = Entry::Batched { capacity: [1, 3, 8, 70][rng.usize(0..4)] };
+        spec.router = Router::Given { transform: LogitTransform::None };
+        spec.routing.apply_routed_scale_to_output = false;
+        spec.routing.zero_experts = None;
+        if let RoutingMethod::JointNorm { .. } = spec.routing.method {
+            spec.routing.method = RoutingMethod::TopKThenScore { score: ChosenScore::Softmax };
+        }
+        if let RoutingMethod::TopK { groups, .. } = &mut spec.routing.method {
+            *groups = None;
+        }
+        spec.top_k = spec.top_k.min(num_experts);
+        if let RoutingMethod::Sparsemixer { .. } = spec.routing.method {
+            spec.routing.method = RoutingMethod::TopKThenScore { score: ChosenScore::Softmax };
+        }
+        // The latent width is that of the rows then.
+        if let Some(latent) = spec.latent.take() {
+            spec.hidden_size = latent.size;
+        }
+        (spec.shared, spec.output_bias, spec.output_norm) = (None, false, None);
+        spec.expert_input = ExpertInput::Hidden;
+    }
+}
+
+/// A table in which experts are here, elsewhere or (rarely) missing, with up to three replicas or one.
+fn map(num_experts: usize, replicated: bool, rng: &mut Rng) -> Placement {
+    let replicas = if replicated { 3 } else { 1 };
+    let mut num_slots = 0;
+    let mut slots = vec![];
+    let sure = rng.usize(0..num_experts);
+    let mut order: Vec<usize> = (0..num_experts).collect();
+    rng.shuffle(&mut order);
+    let mut of = vec![vec![]; num_experts];
+    for expert in order {
+        of[expert] = match rng.usize(0..8) {
+            0..3 if expert != sure => vec![-1; replicas],
+            3 if expert != sure && rng.usize(0..3) == 0 => vec![-2; replicas],
+            _ => {
+                let distinct = rng.usize(1..=replicas);
+                let first = num_slots;
+                num_slots += distinct;
+                (0..replicas).map(|at| (first + at % distinct) as i32).collect()
+            }
+        };
+    }
+    of.iter().for_each(|entries| slots.extend(entries));
+    Placement::Map { num_slots, replicas, slots }
 }
 
 /// Specs of one run of the property tests.

@@ -82,6 +82,7 @@ fn witnesses() -> Vec<Witness> {
         output_norm: _,
         placement: _,
         shard: _,
+        common_terms: _,
         entry: _,
         precision,
     } = &spec;
@@ -292,7 +293,7 @@ fn witnesses() -> Vec<Witness> {
             |spec| latent(spec, LatentNorm::PreAndPost { pre_eps: 1e-5, post_eps: 0.5 }),
         ),
         witness("lora", |spec| {
-            spec.lora = Some(Lora { num_adapters: 1, rank: 2, delta: LoraDelta::F32 });
+            spec.lora = Some(Lora { num_adapters: 1, rank: 2, format: WeightFormat::Bf16, delta: LoraDelta::F32 });
         }),
         witness("expert_input", |spec| spec.expert_input = ExpertInput::Separate),
         witness("output_bias", |spec| spec.output_bias = true),
@@ -302,11 +303,23 @@ fn witnesses() -> Vec<Witness> {
             |spec| spec.output_norm = Some(OutputNorm { eps: 1e-6 }),
             |spec| spec.output_norm = Some(OutputNorm { eps: 1.0 }),
         ),
+        witness_of(
+            "common_terms",
+            |spec| spec.placement = Placement::Range { first: 0, count: 6 },
+            |spec| spec.common_terms = CommonTerms::Elsewhere,
+        ),
         witness("placement", |spec| spec.placement = Placement::Range { first: 0, count: 6 }),
         witness("shard", |spec| {
             spec.shard = TensorShard::Part { first: 0, size: 8, owns_down_bias: true };
         }),
-        witness("entry", |spec| spec.entry = Entry::Batched { capacity: 8 }),
+        witness_of(
+            "entry",
+            |spec| {
+                spec.router = Router::Given { transform: LogitTransform::None };
+                spec.shared = None;
+            },
+            |spec| spec.entry = Entry::Batched { capacity: 8 },
+        ),
         witness("precision.output", |spec| spec.precision.output = FloatType::Bf16),
         witness("precision.router_gemm", |spec| spec.precision.router_gemm = Rounding::Model),
         witness("precision.routing_weights", |spec| spec.precision.routing_weights = Rounding::Model),
@@ -389,7 +402,7 @@ const MOVES_ROUNDED: f64 = 2e-4;
 const ROUNDING_RATIO: f64 = 5.0;
 
 fn run<B: moewe::host::Host>(backend: B, layer: &RandomLayer, inputs: &LayerInputs) -> Result<Vec<f32>, Error> {
-    let plan = Plan::new(backend, &layer.spec, &layer.weights(), TOKENS, &segmented(&AUTO))?;
+    let plan = Plan::new(backend, &layer.spec, &layer.weights(), layer.tokens(TOKENS), &segmented(&AUTO))?;
     let outcome = Session::new(plan, &layer.spec)?.run(&inputs.view())?;
     Ok([outcome.output, outcome.topk_weights, outcome.shared_weights].concat())
 }
@@ -443,7 +456,7 @@ fn judge<B: moewe::host::Host + Clone>(backend: &B) -> (usize, Vec<&'static str>
 }
 
 /// What no backend has yet.
-const REFUSED: [&str; 5] = ["lora", "placement", "shard", "entry", "precision.block_scale"];
+const REFUSED: [&str; 1] = ["precision.block_scale"];
 
 #[test]
 fn each_field_acts_or_is_refused_by_name_on_cpu() {

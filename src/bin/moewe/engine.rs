@@ -207,6 +207,9 @@ fn io_bytes(schedule: &Schedule) -> u64 {
         Contents::HiddenStates
         | Contents::TokenIds
         | Contents::ExpertHiddenStates
+        | Contents::AdapterIds
+        | Contents::Counts
+        | Contents::RowWeights
         | Contents::GivenLogits
         | Contents::PreviousRouterStates
         | Contents::Output => true,

@@ -112,6 +112,10 @@ impl RandomTokens {
             logits: logits.as_ref().map(|logits| rows(logits, spec.router_outputs(), tokens)),
             expert_hidden_states: expert_hidden_states.as_ref().map(|x| rows(x, spec.hidden_size, tokens)),
             router_states: router_states.as_ref().map(|states| rows(states, state_size(&spec.router), tokens)),
+            // Layers of a checkpoint are whole and bring no adapters.
+            adapter_ids: None,
+            counts: None,
+            row_weights: None,
         }
     }
 }

@@ -109,7 +109,16 @@ pub fn layer(spec: &MoeSpec, weights: &MoeWeights<'_>, inputs: &Inputs<'_>) -> R
 
 /// One input a token. What is left of a broken row stays a row, for the reference to refuse.
 fn rows<'a>(spec: &MoeSpec, inputs: &Inputs<'a>) -> impl IndexedParallelIterator<Item = Inputs<'a>> {
-    let Inputs { hidden_states, token_ids, logits, expert_hidden_states, router_states } = *inputs;
+    let Inputs {
+        hidden_states,
+        token_ids,
+        logits,
+        expert_hidden_states,
+        router_states,
+        adapter_ids,
+        counts,
+        row_weights,
+    } = *inputs;
     let (hidden_size, outputs) = (spec.hidden_size.max(1), spec.router_outputs());
     let state_size = inputs::state_size(&spec.router);
     fn row<T>(values: Option<&[T]>, width: usize, token: usize) -> Option<&[T]> {
@@ -121,5 +130,9 @@ fn rows<'a>(spec: &MoeSpec, inputs: &Inputs<'a>) -> impl IndexedParallelIterator
         logits: row(logits, outputs, token),
         expert_hidden_states: row(expert_hidden_states, hidden_size, token),
         router_states: row(router_states, state_size, token),
+        adapter_ids: row(adapter_ids, 1, token),
+        // No checkpoint has a batched entry; one would be refused here, as a row is no whole call of it.
+        counts,
+        row_weights: row(row_weights, 1, token),
     })
 }

@@ -22,6 +22,7 @@ pub fn fields(spec: &MoeSpec) -> Vec<(String, String)> {
         output_norm,
         placement,
         shard,
+        common_terms,
         entry,
         precision,
     } = spec;
@@ -40,6 +41,7 @@ pub fn fields(spec: &MoeSpec) -> Vec<(String, String)> {
     lines.add("output_norm", output_norm);
     lines.add("placement", placement);
     lines.add("shard", shard);
+    lines.add("common_terms", common_terms);
     lines.add("entry", entry);
     lines.precision(precision);
     lines.0
@@ -128,9 +130,10 @@ impl Lines {
     }
 
     fn lora(&mut self, lora: Option<&Lora>) {
-        let Some(Lora { num_adapters, rank, delta }) = lora else { return self.none("lora") };
+        let Some(Lora { num_adapters, rank, format, delta }) = lora else { return self.none("lora") };
         self.add("lora.num_adapters", num_adapters);
         self.add("lora.rank", rank);
+        self.add("lora.format", format);
         self.add("lora.delta", delta);
     }
 

@@ -10,23 +10,25 @@ impl Lowering<'_> {
         let part = Part::Experts;
         let MoeSpec {
             hidden_size,
-            num_experts,
-            top_k,
+            num_experts: _,
+            top_k: _,
             router: _,
             routing,
             experts,
             shared,
             latent,
-            lora: _,
+            lora,
             expert_input,
             output_bias,
             output_norm,
-            placement: _,
-            shard: _,
+            placement,
+            shard,
+            common_terms: _,
             entry: _,
             precision,
         } = self.spec;
-        let (hidden_size, num_experts, top_k) = (*hidden_size, *num_experts, *top_k);
+        let (hidden_size, num_slots, top_k) = (*hidden_size, self.spec.num_slots(), self.spec.rows_per_token());
+        let common_terms = self.spec.adds_common_terms();
         let Precision {
             input,
             output,
@@ -41,7 +43,7 @@ impl Lowering<'_> {
             block_scale: _,
         } = *precision;
         let width = self.spec.expert_width();
-        let RoutedBuffers { topk_ids, topk_weights, shared_weights } = *routed;
+        let RoutedBuffers { row_slots, ref buffers, shared_weights } = *routed;
         let f32_rows = |buffer| Rows::floats(buffer, FloatType::F32);
         let x = match expert_input {
             ExpertInput::Hidden => hidden_states,
@@ -51,15 +53,14 @@ impl Lowering<'_> {
                 Rows::floats(buffer, input)
             }
         };
-        let expert_slots = self.table("expert_slots", Table::ExpertSlots, num_experts);
         let rows = self.schedule.chunk_tokens * top_k;
         let sorted_rows = self.scratch("sorted_rows", top_k);
-        let permute = Permute { num_experts, top_k };
+        let permute = Permute { num_slots, top_k };
         let tiles = self.buffer("tiles", Contents::Scratch, (1 + permute.max_tiles(rows)) * 16);
-        let grid = Grid { x: Extent::Fixed(num_experts), y: Extent::Fixed(1) };
-        let buffers =
-            [("topk_ids", topk_ids), ("expert_slots", expert_slots), ("sorted_rows", sorted_rows), ("tiles", tiles)];
-        let step = self.step("permute", part, Operation::Permute(permute), grid, &buffers)?;
+        let grid = Grid { x: Extent::Fixed(num_slots), y: Extent::Fixed(1) };
+        let mut others = buffers.clone();
+        others.extend([("sorted_rows", sorted_rows), ("tiles", tiles)]);
+        let step = self.step("permute", part, Operation::Permute(permute), grid, &others)?;
         self.drafts.push(Draft::Permute(step));
 
         // What the routed experts read.
@@ -95,19 +96,30 @@ impl Lowering<'_> {
             WeightPosition::Input => (Some(weighted_input), false, false),
             WeightPosition::BeforeDown => (None, true, false),
         };
-        let source = RowSource::Routed { top_k, num_experts };
-        let others = vec![
-            ("topk_ids", topk_ids),
-            ("topk_weights", topk_weights),
-            ("expert_slots", expert_slots),
-            ("sorted_rows", sorted_rows),
-            ("tiles", tiles),
-        ];
+        let source = RowSource::Routed { top_k, num_slots };
+        let adapters = match lora {
+            None => None,
+            Some(Lora { num_adapters, rank, format, delta }) => {
+                let ids = self.token_buffer("adapter_ids", Contents::AdapterIds, 4);
+                let mut buffers = vec![("row_slots", row_slots), ("adapter_ids", ids)];
+                let by = AssignBy::Adapter { num_adapters: *num_adapters };
+                let slots = self.assign_rows("lora.assign", num_slots, by, &mut buffers)?;
+                let (groups, rank, delta) = (num_adapters * num_slots, *rank, *delta);
+                Some(Adapters { slots, groups, rank, parts: format.parts(), delta })
+            }
+        };
+        let (_, inner) = shard.columns(experts.intermediate_size);
+        let parts = shard_parts(experts.format, *shard).unwrap_or([experts.format.parts(); 2]);
         let mlp = Mlp {
             names: ["experts.gate_up", "experts.down"],
             mlp: experts,
             width,
-            groups: num_experts,
+            inner,
+            parts,
+            owns_down_bias: shard.owns_down_bias(),
+            adapters,
+            others: &others,
+            groups: num_slots,
             rows: source,
             rows_per_token: top_k,
             weigh_input,
@@ -124,7 +136,7 @@ impl Lowering<'_> {
                 ("experts.hidden_scales", Table::ExpertInputScales(Gemms::Down)),
             ],
         };
-        let mut expert_out = self.mlp(&mlp, entering, &others)?;
+        let mut expert_out = self.mlp(&mlp, entering)?;
         match latent {
             None | Some(Latent { size: _, format: _, norm: LatentNorm::None | LatentNorm::Reduced { eps: _ } }) => {}
             Some(Latent { size, format: _, norm: LatentNorm::PreAndPost { pre_eps: _, post_eps } }) => {
@@ -139,12 +151,24 @@ impl Lowering<'_> {
         // The shared experts.
         let mut shared_buffers = vec![];
         let mut shared_rows = None;
-        if let Some(SharedExperts { mlp, gate, combination }) = shared {
+        let average_of = |combination: &SharedCombination| match combination {
+            SharedCombination::Sum => false,
+            SharedCombination::Average => true,
+        };
+        if let (Some(SharedExperts { mlp: _, gate: _, combination }), false) = (shared, common_terms) {
+            shared_rows = Some(SharedRows { mlps: 0, factor: SharedFactor::One, average: average_of(combination) });
+        }
+        if let (Some(SharedExperts { mlp, gate, combination }), true) = (shared, common_terms) {
             let mlps = self.spec.shared_mlps();
             let mlp = Mlp {
                 names: ["shared.gate_up", "shared.down"],
                 mlp,
                 width: hidden_size,
+                inner: mlp.intermediate_size,
+                parts: [mlp.format.parts(); 2],
+                owns_down_bias: true,
+                adapters: None,
+                others: &[],
                 groups: mlps,
                 rows: RowSource::Direct { groups: mlps },
                 rows_per_token: mlps,
@@ -162,7 +186,7 @@ impl Lowering<'_> {
                     ("shared.hidden_scales", Table::SharedInputScales(Gemms::Down)),
                 ],
             };
-            shared_buffers.push(("shared_out", self.mlp(&mlp, x, &[])?));
+            shared_buffers.push(("shared_out", self.mlp(&mlp, x)?));
             let factor = match gate {
                 SharedGate::None => SharedFactor::One,
                 SharedGate::Sigmoid { format } => {
@@ -177,11 +201,7 @@ impl Lowering<'_> {
                     SharedFactor::Share
                 }
             };
-            let average = match combination {
-                SharedCombination::Sum => false,
-                SharedCombination::Average => true,
-            };
-            shared_rows = Some(SharedRows { mlps, factor, average });
+            shared_rows = Some(SharedRows { mlps, factor, average: average_of(combination) });
         }
 
         // Their sums.
@@ -189,15 +209,22 @@ impl Lowering<'_> {
         let slots = Combine {
             hidden_size: width,
             routed: Routed::Slots {
-                num_experts,
-                selectable: self.spec.selectable(),
+                num_slots,
+                selectable: num_slots + routing.zero_experts.map_or(0, |zero| zero.count),
                 top_k,
-                weighted: weighted_output,
+                weighted: weighted_output && !self.spec.entry.is_batched(),
                 identity: match routing.zero_experts {
-                    Some(ZeroExperts { count: _, kind: ZeroExpertKind::Identity }) => Some(input),
+                    Some(ZeroExperts { count: _, kind: ZeroExpertKind::Identity }) => {
+                        Some(input).filter(|_| common_terms)
+                    }
                     Some(ZeroExperts { count: _, kind: ZeroExpertKind::Skip }) | None => None,
                 },
                 order: combine_order,
+                slots_in_order: match placement {
+                    Placement::All | Placement::Range { first: _, count: _ } => true,
+                    // One slot a row is in order.
+                    Placement::Map { num_slots: _, replicas: _, slots: _ } => self.spec.entry.is_batched(),
+                },
             },
             output_scale: if routing.apply_routed_scale_to_output { rho } else { 1.0 },
             output_bias: false,
@@ -206,8 +233,10 @@ impl Lowering<'_> {
             model,
             output: FloatType::F32,
         };
-        let routed_buffers = [("topk_ids", topk_ids), ("topk_weights", topk_weights), ("rows", x.buffer)];
-        let mut last = Combine { output_bias: *output_bias, shared: shared_rows, output, ..slots.clone() };
+        let mut routed_buffers = routed.buffers.clone();
+        routed_buffers.push(("rows", x.buffer));
+        let output_bias = *output_bias && common_terms;
+        let mut last = Combine { output_bias, shared: shared_rows, output, ..slots.clone() };
         if let Some(Latent { size, format, norm }) = latent {
             let mut reduced = self.scratch("reduced", *size);
             let mut buffers = routed_buffers.to_vec();
@@ -228,10 +257,24 @@ impl Lowering<'_> {
             expert_out = up;
             last = Combine { hidden_size, routed: Routed::Row, output_scale: 1.0, ..last };
         }
+        let storage = |combine: &Combine| {
+            let bindings = Operation::Combine(combine.clone()).source().bindings;
+            bindings.iter().filter(|binding| binding.access != Access::Uniform).count()
+        };
+        if storage(&last) > STORAGE_BUFFERS {
+            // More than a kernel may bind: the slots first, then what joins their sum.
+            let reduced = self.scratch("reduced", hidden_size);
+            let slots = Combine { output_bias: false, shared: None, output: FloatType::F32, ..last.clone() };
+            let mut buffers = routed_buffers.to_vec();
+            buffers.extend([("expert_out", expert_out), ("out", reduced)]);
+            self.combine("reduce", slots, &buffers)?;
+            expert_out = reduced;
+            last = Combine { routed: Routed::Row, output_scale: 1.0, ..last };
+        }
         let mut buffers = routed_buffers.to_vec();
         buffers.push(("expert_out", expert_out));
         buffers.extend(shared_buffers);
-        if *output_bias {
+        if output_bias {
             buffers.push(("output_bias", self.table("output_bias", Table::OutputBias, hidden_size)));
         }
         let out = self.token_buffer("output", Contents::Output, hidden_size * output.bytes());
@@ -272,11 +315,16 @@ impl Lowering<'_> {
     }
 
     /// Both GEMMs of one MLP a group, and what quantises their rows; the buffer of its rows.
-    fn mlp(&mut self, mlp: &Mlp<'_>, input: Rows, others: &[(&'static str, usize)]) -> Result<usize> {
+    fn mlp(&mut self, whole: &Mlp<'_>, input: Rows) -> Result<usize> {
         let Mlp {
             names,
             mlp,
             width,
+            inner: intermediate_size,
+            parts,
+            owns_down_bias,
+            adapters,
+            others,
             groups,
             rows,
             rows_per_token,
@@ -285,22 +333,23 @@ impl Lowering<'_> {
             scratch,
             tables,
             slot,
-        } = *mlp;
+        } = *whole;
         let ExpertMlp {
-            intermediate_size,
+            intermediate_size: _, // of which `inner` columns are here
             activation,
             gate_up_layout: _, // a matter of how the checkpoint is read
             orientation: _,    // likewise
             gate_up_bias,
             down_bias,
-            format,
+            format: _, // taken apart in `parts`
             activation_quant,
         } = *mlp;
         let part = Part::Experts;
         let pair = if activation.gated() { 2 } else { 1 };
         let shape = [pair * intermediate_size, width];
-        let gate_up = self.place(names[0], groups, shape, format, pair, gate_up_bias)?;
-        let down = self.place(names[1], groups, [width, intermediate_size], format, 1, down_bias)?;
+        let gate_up = self.place(names[0], groups, shape, parts[0], pair, gate_up_bias)?;
+        let down_bias = down_bias && owns_down_bias;
+        let down = self.place(names[1], groups, [width, intermediate_size], parts[1], 1, down_bias)?;
         let out = self.scratch(scratch.out, rows_per_token * width);
         let activated = Activated {
             activation,
@@ -310,10 +359,16 @@ impl Lowering<'_> {
         };
         let matrices = match rows {
             RowSource::Direct { groups: _ } => Matrices::Groups,
-            RowSource::Routed { top_k: _, num_experts } => Matrices::Experts(num_experts),
+            RowSource::Routed { top_k: _, num_slots } => Matrices::Slots(num_slots),
         };
         let quantizer = Quantizer { quant: activation_quant, matrices, rows_per_token };
         let mut first = FirstGemm { input, divisor: rows_per_token, weigh: weigh_input };
+        // Adapters read what enters before it is quantised.
+        let mut delta = None;
+        if let Some(adapters) = &adapters {
+            let names = ["lora.gate_up_a", "lora.gate_up_b"];
+            delta = Some(self.adapter(adapters, names, first, [width, shape[0]], pair, whole)?);
+        }
         if activation_quant.is_on() {
             first =
                 self.quantize_input(&quantizer, first, width, [scratch.names[0], tables[0].0], tables[0].1, others)?;
@@ -331,8 +386,8 @@ impl Lowering<'_> {
                 self.diagnose(part, Counted::SaturatedCodes(code), [rows, width], matrices, slot + 2, &buffers)?;
             }
         }
-        let fused = self.fuses(names[0], activation_quant);
-        let (epilogue, hidden) = match fused {
+        let fused = self.fuses(names[0], activation_quant, adapters.is_some());
+        let (epilogue, hidden) = match fused || adapters.is_some() {
             true => (Epilogue::Sums, self.scratch(scratch.gate_up, rows_per_token * pair * intermediate_size)),
             false => {
                 (Epilogue::Activation(activated), self.scratch(scratch.hidden, rows_per_token * intermediate_size))
@@ -346,16 +401,18 @@ impl Lowering<'_> {
             input_divisor: first.divisor,
             weigh_input: first.weigh,
             placed: gate_up,
+            delta: adapters.map(|adapters| adapters.delta),
+            adapter: false,
             epilogue,
             out: hidden,
-            others: others.to_vec(),
+            others: others.iter().copied().chain(delta.map(|delta| ("delta", delta))).collect(),
         };
         self.drafts.push(Draft::Gemm(gemm.clone()));
         if self.counters.is_some() && clamps(activation) {
             // Sums that the layer itself has only in registers are computed once more.
-            let sums = match fused {
-                true => hidden,
-                false => {
+            let sums = match epilogue {
+                Epilogue::Sums => hidden,
+                Epilogue::Activation(_) | Epilogue::AddState | Epilogue::GeluErf => {
                     let out = self.scratch(scratch.gate_up, rows_per_token * pair * intermediate_size);
                     let epilogue = Epilogue::Sums;
                     self.drafts.push(Draft::Gemm(Gemm { name: "diagnose.gate_up", epilogue, out, ..gemm }));
@@ -369,6 +426,22 @@ impl Lowering<'_> {
             let gate = Counted::ClampedGate { activation, gate_up };
             self.diagnose(part, gate, size, matrices, slot, &buffers)?;
             self.diagnose(part, Counted::ClampedUp { activation, gate_up }, size, matrices, slot + 1, &buffers)?;
+        }
+        let mut hidden = hidden;
+        delta = None;
+        if let Some(adapters) = &adapters {
+            let out = self.scratch(scratch.hidden, rows_per_token * intermediate_size);
+            let mut buffers = others.to_vec();
+            buffers.extend([("rows", hidden), ("out", out)]);
+            let (cols, model) = (intermediate_size, self.spec.precision.model);
+            let operation = Operation::Activate(Activate { activated, rows_per_token, cols, model });
+            let x = Extent::PerToken { items: rows_per_token * cols, per: 64, limit: 8192 };
+            let step = self.step("experts.activation", part, operation, Grid { x, y: Extent::Fixed(1) }, &buffers)?;
+            self.drafts.push(Draft::Step(step));
+            hidden = out;
+            let first = FirstGemm { input: Rows::floats(hidden, FloatType::F32), divisor: 1, weigh: None };
+            let names = ["lora.down_a", "lora.down_b"];
+            delta = Some(self.adapter(adapters, names, first, [intermediate_size, width], 1, whole)?);
         }
         let second = match activation_quant.is_on() {
             false => Rows::floats(hidden, FloatType::F32),
@@ -395,15 +468,56 @@ impl Lowering<'_> {
             input_divisor: 1,
             weigh_input: None,
             placed: down,
+            delta: adapters.map(|adapters| adapters.delta),
+            adapter: false,
             epilogue: Epilogue::Sums,
             out,
-            others: others.to_vec(),
+            others: others.iter().copied().chain(delta.map(|delta| ("delta", delta))).collect(),
         }));
         Ok(out)
     }
 
+    /// What the rows' adapters add to a GEMM's sums: `B (A x)`, f32 [rows, features], 0 without adapter.
+    fn adapter(
+        &mut self,
+        adapters: &Adapters,
+        [a, b]: [&'static str; 2],
+        first: FirstGemm,
+        [cols, features]: [usize; 2],
+        pair: usize,
+        mlp: &Mlp<'_>,
+    ) -> Result<usize> {
+        let Adapters { slots, groups, rank, parts, delta: _ } = *adapters;
+        let rows_per_token = mlp.rows_per_token;
+        let inner = self.scratch(a, rows_per_token * rank);
+        let out = self.scratch(b, rows_per_token * features);
+        let placed = self.place(a, groups, [rank, cols], parts, 1, false)?;
+        let mut others = mlp.others.to_vec();
+        others.retain(|(name, _)| *name != "row_slots");
+        others.push(("row_slots", slots));
+        let gemm = Gemm {
+            name: a,
+            part: Part::Experts,
+            rows: RowSource::Routed { top_k: rows_per_token, num_slots: groups },
+            input: first.input,
+            input_divisor: first.divisor,
+            weigh_input: first.weigh,
+            placed,
+            delta: None,
+            adapter: true,
+            epilogue: Epilogue::Sums,
+            out: inner,
+            others,
+        };
+        let placed = self.place(b, groups, [features, rank], parts, pair, false)?;
+        let input = Rows::floats(inner, FloatType::F32);
+        let expand = Gemm { name: b, input, input_divisor: 1, weigh_input: None, placed, out, ..gemm.clone() };
+        self.drafts.extend([Draft::Gemm(gemm), Draft::Gemm(expand)]);
+        Ok(out)
+    }
+
     /// Whether the activation and the quantisation behind it are one step.
-    fn fuses(&mut self, name: &'static str, quant: ActivationQuant) -> bool {
+    fn fuses(&mut self, name: &'static str, quant: ActivationQuant, adapted: bool) -> bool {
         let (fused, because) = match quant {
             ActivationQuant::None => return false,
             ActivationQuant::Dynamic { code: _, span: ScaleSpan::Tensor, rule: _, scale: _ } => {
@@ -416,9 +530,10 @@ impl Lowering<'_> {
                 (true, "the scale is known, and nobody else reads the activation unquantised")
             }
         };
-        let (fused, because) = match self.options.fuse_quantization {
-            true => (fused, because),
-            false => (false, "options.fuse_quantization is off"),
+        let (fused, because) = match (adapted, self.options.fuse_quantization) {
+            (false, true) => (fused, because),
+            (true, _) => (false, "adapters read the activation unquantised"),
+            (false, false) => (false, "options.fuse_quantization is off"),
         };
         let choice = if fused { "activation and quantisation in one step" } else { "activation, then quantisation" };
         self.decide(name, choice, because);
@@ -447,7 +562,8 @@ impl Lowering<'_> {
             ActivationQuant::Static { code: _ } => true,
             ActivationQuant::None | ActivationQuant::Dynamic { code: _, span: _, rule: _, scale: _ } => false,
         };
-        let by_slot = weigh.is_some() || fixed;
+        // Rows that enter by slot and do not exist may hold anything.
+        let by_slot = weigh.is_some() || fixed || self.spec.entry.is_batched();
         if by_slot {
             let source = ValueSource::Rows { input: float_type, divisor, weigh };
             let input = self.quantize(quantizer, names, (source, input.buffer), width, table, others)?;
@@ -485,7 +601,7 @@ impl Lowering<'_> {
             ActivationQuant::Static { code } => {
                 let count = match matrices {
                     Matrices::Groups => rows_per_token,
-                    Matrices::Experts(num_experts) => num_experts,
+                    Matrices::Slots(num_slots) => num_slots,
                 };
                 buffers.push(("fixed_scales", self.table(table_name, table, count)));
                 (code, None, RowScale::Fixed(matrices))
@@ -581,6 +697,18 @@ struct ScratchNames {
     out: &'static str,
 }
 
+/// The adapters of an MLP.
+#[derive(Clone, Copy)]
+struct Adapters {
+    /// The buffer that says which of their matrices a row meets.
+    slots: usize,
+    /// Matrices of a kind: adapters times slots.
+    groups: usize,
+    rank: usize,
+    parts: Parts,
+    delta: LoraDelta,
+}
+
 /// One MLP a group, as the layer uses it.
 #[derive(Clone, Copy)]
 struct Mlp<'a> {
@@ -589,6 +717,15 @@ struct Mlp<'a> {
     mlp: &'a ExpertMlp,
     /// Width of its input and output.
     width: usize,
+    /// Columns of its intermediate size that are here.
+    inner: usize,
+    /// Codes and scales of the two matrices.
+    parts: [Parts; 2],
+    /// Whether its down bias is added here.
+    owns_down_bias: bool,
+    adapters: Option<Adapters>,
+    /// Buffers of the bindings that only some of its steps have.
+    others: &'a [(&'static str, usize)],
     groups: usize,
     rows: RowSource,
     rows_per_token: usize,

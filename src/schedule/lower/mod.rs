@@ -9,8 +9,8 @@ mod layer;
 mod routing;
 
 use super::{
-    Bucket, Buffer, Contents, DIAGNOSTICS, Decision, DeviceFacts, Extent, Gemms, Grid, LOAD_SLOT, Options, Part,
-    Schedule, Step, Table,
+    Bucket, Buffer, Contents, DIAGNOSTICS, Decision, DeviceFacts, EXPERT_MISSES, Extent, Gemms, Grid, LOAD_SLOT,
+    Options, Part, Schedule, Step, Table,
 };
 use crate::error::{Error, Result, Unsupported};
 use crate::kernels::combine::{Routed, SharedFactor, SharedRows};
@@ -19,19 +19,23 @@ use crate::kernels::grouped_gemm::{TILE_COLS, TILE_ROWS};
 use crate::kernels::pack::{PackedMatrix, SPAN_WORDS};
 use crate::kernels::quantize::AMAX_PARTS;
 use crate::kernels::{
-    Access, Activated, Amax, Combine, Counted, Diagnose, Epilogue, GemmVariant, GroupedGemm, Matrices, Norm, NormScale,
-    Operation, Permute, Quantize, RowScale, RowSource, RowValues, ScaleLayout, TopkRouting, ValueSource,
+    Access, Activate, Activated, Amax, Assign, AssignBy, Combine, Counted, Diagnose, Epilogue, ExpertSlots,
+    GemmVariant, GroupedGemm, Matrices, Norm, NormScale, Operation, Permute, Quantize, RowScale, RowSource, RowValues,
+    ScaleLayout, TopkRouting, ValueSource,
 };
 use crate::spec::{
-    ActivationCode, ActivationQuant, ActivationScale, CombineRounding, ExpertInput, ExpertMlp, FloatType, Latent,
-    LatentNorm, LogitTransform, MoeSpec, OutputNorm, Precision, Rounding, Router, RouterInput, Routing, RoutingMethod,
-    ScaleSpan, SharedCombination, SharedExperts, SharedGate, WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
+    ActivationCode, ActivationQuant, ActivationScale, CombineRounding, Entry, ExpertInput, ExpertMlp, FloatType,
+    Latent, LatentNorm, LogitTransform, Lora, LoraDelta, MoeSpec, OutputNorm, Placement, Precision, Rounding, Router,
+    RouterInput, Routing, RoutingMethod, ScaleSpan, SharedCombination, SharedExperts, SharedGate, TensorShard,
+    WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
 };
 use crate::support::{self, Scope, refuse};
-use crate::weights::Blocks;
+use crate::weights::{Blocks, Parts};
 
 /// Workgroup memory that every WebGPU device has.
 const WORKGROUP_BYTES: usize = 16 << 10;
+/// Storage buffers that a kernel may bind on every WebGPU device.
+const STORAGE_BUFFERS: usize = 8;
 /// Invocations of a gemv workgroup: the more, the more matrix rows share one staging of x.
 const GEMV_WORKGROUP: u32 = 256;
 /// Most invocations that share a matrix row.
@@ -39,7 +43,8 @@ const GEMV_LANES: u32 = 64;
 /// Matrix rows whose sums one invocation holds.
 const GEMV_ROWS_PER_LANE: u32 = 4;
 
-/// Turns a spec into the schedule of a device.
+/// Turns a spec into the schedule of a device, for at most `max_tokens` tokens a call (rows of a batched entry, which
+/// bound it as well).
 ///
 /// # Errors
 /// [`Error::Invalid`] for a spec or call that breaks a rule, [`Error::Unsupported`] with the field
@@ -55,6 +60,11 @@ pub fn lower(
     if max_tokens == 0 || max_tokens > 1 << 24 {
         return Err(Error::invalid("max_tokens", max_tokens, "1 to 2^24", "plan for the largest batch you will run"));
     }
+    let max_tokens = match spec.entry {
+        Entry::TokenMajor => max_tokens,
+        // A row is a token here.
+        Entry::Batched { capacity } => max_tokens.min(spec.num_slots() * capacity),
+    };
     supported(spec, scope, facts.backend)?;
     let mut lowering = Lowering::new(spec, scope, max_tokens, facts, options)?;
     lowering.buckets()?;
@@ -78,55 +88,71 @@ fn supported(spec: &MoeSpec, scope: Scope, backend: &'static str) -> Result<(), 
         output_bias: _,
         output_norm: _,
         placement: _,
-        shard: _,
+        shard,
+        common_terms: _,
         entry: _,
         precision: _,
     } = spec;
     match router {
         Router::Linear { input: _, format, bias: _, transform: _ }
         | Router::Mlp { state_size: _, rms_norm_eps: _, previous_state: _, format } => {
-            scales_by_vector(backend, "router.format", *format)?;
+            scales_by_vector(backend, "router.format", *format, format.parts())?;
         }
         Router::Given { transform: _ } => {}
     }
     if scope == Scope::Routing {
         return Ok(());
     }
-    scales_by_vector(backend, "experts.format", experts.format)?;
-    nested_scales(backend, "experts.activation_quant", experts)?;
+    let [gate_up, down] = shard_parts(experts.format, *shard).ok_or_else(|| {
+        let because =
+            format!("a column of {:?} can be cut from the rest only where a super-block ends", experts.format);
+        refuse(backend, "shard", shard, because)
+    })?;
+    for parts in [gate_up, down] {
+        scales_by_vector(backend, "experts.format", experts.format, parts)?;
+        nested_scales(backend, "experts.activation_quant", experts, parts)?;
+    }
     if let Some(SharedExperts { mlp, gate, combination: _ }) = shared {
-        scales_by_vector(backend, "shared.mlp.format", mlp.format)?;
-        nested_scales(backend, "shared.mlp.activation_quant", mlp)?;
+        scales_by_vector(backend, "shared.mlp.format", mlp.format, mlp.format.parts())?;
+        nested_scales(backend, "shared.mlp.activation_quant", mlp, mlp.format.parts())?;
         match gate {
             SharedGate::None | SharedGate::Joint => {}
-            SharedGate::Sigmoid { format } => scales_by_vector(backend, "shared.gate.format", *format)?,
+            SharedGate::Sigmoid { format } => scales_by_vector(backend, "shared.gate.format", *format, format.parts())?,
         }
     }
     match latent {
         None => Ok(()),
-        Some(Latent { size: _, format, norm: _ }) => scales_by_vector(backend, "latent.format", *format),
+        Some(Latent { size: _, format, norm: _ }) => {
+            scales_by_vector(backend, "latent.format", *format, format.parts())
+        }
     }
 }
 
 /// The GEMM kernels look a scale up once for each vector, or half a vector of 4-bit codes.
-fn scales_by_vector(backend: &'static str, field: &'static str, format: WeightFormat) -> Result<(), Unsupported> {
-    match format.parts().blocks {
+fn scales_by_vector(
+    backend: &'static str,
+    field: &'static str,
+    format: WeightFormat,
+    parts: Parts,
+) -> Result<(), Unsupported> {
+    match parts.blocks {
         Some(Blocks { rows: _, cols: Some(columns), scale: _, act_order: false }) if columns % 16 != 0 => {
-            Err(refuse(backend, field, &format, "columns of a block must be a multiple of 16"))
+            let because = "columns of a block, or of the piece that a shard cuts off, must be a multiple of 16";
+            Err(refuse(backend, field, &format, because))
         }
         None | Some(Blocks { rows: _, cols: _, scale: _, act_order: _ }) => Ok(()),
     }
 }
 
 /// The GEMM kernels keep one sum for the columns that share both scales: a power of two of them.
-fn nested_scales(backend: &'static str, field: &'static str, mlp: &ExpertMlp) -> Result<(), Unsupported> {
+fn nested_scales(backend: &'static str, field: &'static str, mlp: &ExpertMlp, parts: Parts) -> Result<(), Unsupported> {
     let group = match mlp.activation_quant {
         ActivationQuant::None => return Ok(()),
         ActivationQuant::Dynamic { code: _, span: ScaleSpan::Group(group), rule: _, scale: _ } => Some(group),
         ActivationQuant::Dynamic { code: _, span: ScaleSpan::Token | ScaleSpan::Tensor, rule: _, scale: _ }
         | ActivationQuant::Static { code: _ } => None,
     };
-    let weights = mlp.format.parts().blocks.and_then(|blocks| blocks.cols);
+    let weights = parts.blocks.and_then(|blocks| blocks.cols);
     let whole = |block: usize| block.is_power_of_two() && (16..=2048).contains(&block);
     let nested = group.into_iter().chain(weights).all(whole) && group.is_none_or(|group| group >= 32);
     if !nested {
@@ -138,6 +164,17 @@ fn nested_scales(backend: &'static str, field: &'static str, mlp: &ExpertMlp) ->
         return Err(refuse(backend, field, &mlp.activation_quant, because));
     }
     Ok(())
+}
+
+/// Codes and scales of the first and the second matrix of the columns that are here; `None` if they cannot be cut.
+fn shard_parts(format: WeightFormat, shard: TensorShard) -> Option<[Parts; 2]> {
+    let parts = format.parts();
+    match shard {
+        TensorShard::Whole => Some([parts, parts]),
+        TensorShard::Part { first, size: _, owns_down_bias: _ } => {
+            Some([parts.cut_rows(first), parts.cut_cols(first)?])
+        }
+    }
 }
 
 struct Lowering<'a> {
@@ -175,6 +212,10 @@ struct Gemm {
     input_divisor: usize,
     weigh_input: Option<Rounding>,
     placed: Placed,
+    /// How what adapters add joins the sums.
+    delta: Option<LoraDelta>,
+    /// An adapter's: matrix-vector products in every bucket, which leave zeros where there is none.
+    adapter: bool,
     epilogue: Epilogue,
     out: usize,
     /// Buffers of the bindings that only some GEMMs have.
@@ -206,8 +247,10 @@ struct Placed {
 
 /// What the routing leaves to the experts.
 struct RoutedBuffers {
-    topk_ids: usize,
-    topk_weights: usize,
+    /// The slot of each row.
+    row_slots: usize,
+    /// By binding.
+    buffers: Vec<(&'static str, usize)>,
     shared_weights: Option<usize>,
 }
 
@@ -225,6 +268,10 @@ impl<'a> Lowering<'a> {
             max_tokens,
             chunk_tokens,
             buffers: vec![],
+            expert_slots: match &spec.placement {
+                Placement::All | Placement::Range { first: _, count: _ } => vec![],
+                Placement::Map { num_slots: _, replicas: _, slots } => slots.clone(),
+            },
             matrices: vec![],
             buckets: vec![],
             decisions: vec![],
@@ -263,11 +310,11 @@ impl<'a> Lowering<'a> {
         name: &'static str,
         groups: usize,
         [rows, cols]: [usize; 2],
-        format: WeightFormat,
+        parts: Parts,
         pair: usize,
         bias: bool,
     ) -> Result<Placed, Unsupported> {
-        let matrix = PackedMatrix { name, groups, rows, cols, format, pair, bias, segments: vec![] };
+        let matrix = PackedMatrix { name, groups, rows, cols, parts, pair, bias, segments: vec![] };
         let limit = self.facts.max_binding_bytes;
         let segment_bytes = self.options.segment_bytes.unwrap_or(limit).min(limit);
         let matrix = matrix.place(self.facts.backend, segment_bytes)?;
@@ -299,7 +346,7 @@ impl<'a> Lowering<'a> {
         out: usize,
         others: Vec<(&'static str, usize)>,
     ) -> Result<()> {
-        let placed = self.place(name, 1, shape, format, 1, bias)?;
+        let placed = self.place(name, 1, shape, format.parts(), 1, bias)?;
         self.drafts.push(Draft::Gemm(Gemm {
             name,
             part,
@@ -308,6 +355,8 @@ impl<'a> Lowering<'a> {
             input_divisor: 1,
             weigh_input: None,
             placed,
+            delta: None,
+            adapter: false,
             epilogue,
             out,
             others,
@@ -344,11 +393,23 @@ impl<'a> Lowering<'a> {
     ) -> Result<()> {
         let Some(counters) = self.counters else { return Ok(()) };
         let model = self.spec.precision.model;
-        let operation = Operation::Diagnose(Diagnose { counted, rows_per_token, cols, matrices, slot, model });
+        let operation = Diagnose { counted, rows_per_token, cols, matrices, slot, model };
+        self.count(part, format!("diagnose[{slot}]"), operation, counters, buffers)
+    }
+
+    /// A step that counts.
+    fn count(
+        &mut self,
+        part: Part,
+        name: impl Into<String>,
+        operation: Diagnose,
+        counters: usize,
+        buffers: &[(&'static str, usize)],
+    ) -> Result<()> {
         let mut buffers = buffers.to_vec();
         buffers.push(("counters", counters));
         let grid = Grid { x: Extent::Fixed(1), y: Extent::Fixed(1) };
-        let step = self.step(format!("diagnose[{slot}]"), part, operation, grid, &buffers)?;
+        let step = self.step(name, part, Operation::Diagnose(operation), grid, &buffers)?;
         self.drafts.push(Draft::Step(step));
         Ok(())
     }
@@ -364,7 +425,8 @@ impl<'a> Lowering<'a> {
     ) -> Result<Step> {
         let name = name.into();
         let bindings = operation.source().bindings;
-        debug_assert!(bindings.iter().filter(|binding| binding.access != Access::Uniform).count() <= 8);
+        let storage = bindings.iter().filter(|binding| binding.access != Access::Uniform).count();
+        debug_assert!(storage <= STORAGE_BUFFERS, "{name}");
         let find = |binding: &'static str| {
             let found = buffers.iter().find(|(name, _)| *name == binding).map(|(_, buffer)| *buffer);
             let params = (binding == "params").then_some(self.params);
@@ -381,15 +443,30 @@ impl<'a> Lowering<'a> {
         let input = self.spec.precision.input;
         let hidden_states = self.token_buffer("hidden_states", Contents::HiddenStates, hidden_size * input.bytes());
         let hidden_states = Rows::floats(hidden_states, input);
-        let words = LOAD_SLOT + self.spec.num_experts;
+        let loads = match self.spec.entry {
+            Entry::TokenMajor => self.spec.num_experts,
+            Entry::Batched { capacity: _ } => self.spec.num_slots(),
+        };
+        let words = LOAD_SLOT + loads;
         self.counters = self.options.diagnostics.then(|| self.buffer(DIAGNOSTICS, Contents::Scratch, 4 * words));
-        let routed = self.routing(hidden_states)?;
-        if self.schedule.scope == Scope::Layer {
-            self.layer(hidden_states, &routed)?;
+        match (self.schedule.scope, self.spec.entry) {
+            (Scope::Routing, Entry::TokenMajor | Entry::Batched { capacity: _ }) => {
+                self.spec.expect_routing()?;
+                self.routing(hidden_states)?;
+            }
+            (Scope::Layer, Entry::TokenMajor) => {
+                let routed = self.routing(hidden_states)?;
+                let routed = self.assign(routed)?;
+                self.layer(hidden_states, &routed)?;
+            }
+            (Scope::Layer, Entry::Batched { capacity }) => {
+                let routed = self.batched(capacity)?;
+                self.layer(hidden_states, &routed)?;
+            }
         }
         let chunk = self.schedule.chunk_tokens;
         // The matrix-vector kernel has a workgroup a row.
-        let rows_per_token = self.spec.top_k.max(self.spec.shared_mlps());
+        let rows_per_token = self.spec.rows_per_token().max(self.spec.shared_mlps());
         let decode_tokens =
             self.options.decode_tokens.min(chunk).min(self.facts.max_workgroups as usize / rows_per_token);
         for (tokens, gemv) in [(decode_tokens, true), (chunk, false)] {
@@ -399,7 +476,7 @@ impl<'a> Lowering<'a> {
             let mut steps = vec![];
             for draft in &self.drafts {
                 match draft {
-                    Draft::Gemm(gemm) => self.gemm(&mut steps, gemm, gemv)?,
+                    Draft::Gemm(gemm) => self.gemm(&mut steps, gemm, gemv || gemm.adapter)?,
                     Draft::Step(step) => steps.push(step.clone()),
                     Draft::Permute(_) if gemv => {}
                     Draft::Permute(step) => steps.push(step.clone()),
@@ -437,13 +514,26 @@ impl<'a> Lowering<'a> {
     fn rows_per_token(&self, rows: RowSource) -> usize {
         match rows {
             RowSource::Direct { groups } => groups,
-            RowSource::Routed { top_k, num_experts: _ } => top_k,
+            RowSource::Routed { top_k, num_slots: _ } => top_k,
         }
     }
 
     /// One step for each segment.
     fn gemm(&self, steps: &mut Vec<Step>, gemm: &Gemm, gemv: bool) -> Result<()> {
-        let Gemm { name, part, rows, input, input_divisor, weigh_input, ref placed, epilogue, out, ref others } = *gemm;
+        let Gemm {
+            name,
+            part,
+            rows,
+            input,
+            input_divisor,
+            weigh_input,
+            ref placed,
+            delta,
+            adapter,
+            epilogue,
+            out,
+            ref others,
+        } = *gemm;
         let matrix = &self.schedule.matrices[placed.matrix];
         let limit = self.facts.max_workgroups as usize;
         let values = match (input.values, gemv) {
@@ -462,9 +552,11 @@ impl<'a> Lowering<'a> {
             weigh_input,
             matrix_rows: matrix.rows,
             cols: matrix.cols,
-            format: matrix.format,
+            parts: matrix.parts,
             pair: matrix.pair,
             bias: matrix.bias,
+            delta,
+            fill_absent: adapter,
             epilogue,
             model: self.spec.precision.model,
         };
@@ -481,7 +573,7 @@ impl<'a> Lowering<'a> {
             } else {
                 let y = match rows {
                     RowSource::Direct { groups } => Extent::GroupTiles(groups),
-                    RowSource::Routed { top_k, num_experts } => Extent::Tiles(Permute { num_experts, top_k }),
+                    RowSource::Routed { top_k, num_slots } => Extent::Tiles(Permute { num_slots, top_k }),
                 };
                 (GemmVariant::Tiled, Grid { x: Extent::Fixed(span_rows.div_ceil(TILE_COLS)), y })
             };
@@ -519,14 +611,20 @@ fn chunk_tokens(
         }
         Router::Linear { input: _, format: _, bias: _, transform: _ } | Router::Given { transform: _ } => {}
     }
-    let mut rows_per_token = spec.top_k;
+    let mut rows_per_token = spec.rows_per_token();
     if scope == Scope::Layer {
-        per_token.push(("top_k * hidden_size", 4 * spec.top_k * spec.expert_width()));
+        let rows = rows_per_token;
+        per_token.push(("top_k * hidden_size", 4 * rows * spec.expert_width()));
         // Gate and up are stored where something else reads them: a quantisation, a diagnosis.
-        let sums = |mlp: &ExpertMlp| (mlp.activation_quant.is_on() || options.diagnostics) && mlp.activation.gated();
+        let sums = |mlp: &ExpertMlp| {
+            (mlp.activation_quant.is_on() || options.diagnostics || spec.lora.is_some()) && mlp.activation.gated()
+        };
         let pair = |mlp: &ExpertMlp| if sums(mlp) { 2 } else { 1 };
-        let inner = pair(&spec.experts) * spec.experts.intermediate_size;
-        per_token.push(("top_k * intermediate_size", 4 * spec.top_k * inner));
+        let (_, columns) = spec.shard.columns(spec.experts.intermediate_size);
+        per_token.push(("top_k * intermediate_size", 4 * rows * pair(&spec.experts) * columns));
+        if let Some(Lora { num_adapters: _, rank, format: _, delta: _ }) = spec.lora {
+            per_token.push(("top_k * lora.rank", 4 * rows * rank));
+        }
         if let Some(SharedExperts { mlp, gate: _, combination: _ }) = &spec.shared {
             let mlps = spec.shared_mlps();
             rows_per_token = rows_per_token.max(mlps);
@@ -536,8 +634,12 @@ fn chunk_tokens(
     }
     // The routing has a workgroup a token, the tiled GEMM one a tile.
     let workgroups = facts.max_workgroups as usize;
-    let tiled = workgroups.saturating_sub(spec.num_experts) * TILE_ROWS / rows_per_token;
+    let tiled = workgroups.saturating_sub(spec.num_slots()) * TILE_ROWS / rows_per_token;
     let mut chunk = max_tokens.min(workgroups).min(tiled);
+    if scope == Scope::Layer && spec.lora.is_some() {
+        // Adapters' products have a workgroup a row.
+        chunk = chunk.min(workgroups / rows_per_token);
+    }
     if chunk < GRANULE.min(max_tokens) {
         let because = format!("{GRANULE} tokens need more than {workgroups} workgroups");
         return Err(refuse(facts.backend, "top_k", &spec.top_k, because).into());

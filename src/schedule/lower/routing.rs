@@ -21,6 +21,7 @@ impl Lowering<'_> {
             output_norm: _,
             placement: _,
             shard: _,
+            common_terms: _,
             entry: _,
             precision,
         } = self.spec;
@@ -118,10 +119,87 @@ impl Lowering<'_> {
         let step = self.step("topk_routing", part, operation, grid, &buffers)?;
         self.drafts.push(Draft::Step(step));
         let all = Matrices::Groups;
-        self.diagnose(part, Counted::NonFinite, [1, outputs], all, 0, &[("rows", logits)])?;
         let load = Counted::Load(*num_experts);
         self.diagnose(part, load, [top_k, 0], all, LOAD_SLOT, &[("topk_ids", topk_ids)])?;
-        Ok(RoutedBuffers { topk_ids, topk_weights, shared_weights })
+        self.diagnose(part, Counted::NonFinite, [1, outputs], all, 0, &[("rows", logits)])?;
+        let buffers = vec![("topk_ids", topk_ids), ("topk_weights", topk_weights)];
+        Ok(RoutedBuffers { row_slots: topk_ids, buffers, shared_weights })
+    }
+
+    /// The slot of each row, where it is not its expert's id: experts that are elsewhere, or rows that enter by slot.
+    pub(super) fn assign(&mut self, routed: RoutedBuffers) -> Result<RoutedBuffers> {
+        let RoutedBuffers { row_slots: topk_ids, mut buffers, shared_weights } = routed;
+        let num_experts = self.spec.num_experts;
+        let slots = match &self.spec.placement {
+            Placement::All => {
+                buffers.push(("row_slots", topk_ids));
+                return Ok(RoutedBuffers { row_slots: topk_ids, buffers, shared_weights });
+            }
+            Placement::Range { first, count: _ } => ExpertSlots::Range { first: *first },
+            Placement::Map { num_slots: _, replicas, slots } => {
+                buffers.push(("expert_slots", self.table("expert_slots", Table::ExpertSlots, slots.len())));
+                ExpertSlots::Table { replicas: *replicas }
+            }
+        };
+        let selectable = self.spec.selectable();
+        let common_terms = self.spec.adds_common_terms();
+        let by = AssignBy::Expert { num_experts, selectable, common_terms, slots };
+        let row_slots = self.assign_rows("experts.assign", self.spec.num_slots(), by, &mut buffers)?;
+        buffers.push(("row_slots", row_slots));
+        match slots {
+            ExpertSlots::Range { first: _ } => {}
+            ExpertSlots::Table { replicas: _ } => {
+                let misses = self.buffer(EXPERT_MISSES, Contents::Scratch, 4 * num_experts);
+                let operation = Diagnose {
+                    counted: Counted::Misses(num_experts),
+                    rows_per_token: self.spec.top_k,
+                    cols: 0,
+                    matrices: Matrices::Groups,
+                    slot: 0,
+                    model: FloatType::F32,
+                };
+                self.count(Part::Experts, EXPERT_MISSES, operation, misses, &buffers)?;
+            }
+        }
+        Ok(RoutedBuffers { row_slots, buffers, shared_weights })
+    }
+
+    /// The slots of rows that enter by slot.
+    pub(super) fn batched(&mut self, capacity: usize) -> Result<RoutedBuffers> {
+        let num_slots = self.spec.num_slots();
+        let mut buffers = vec![("counts", self.buffer("counts", Contents::Counts, 4 * num_slots))];
+        match self.spec.routing.weight_position {
+            WeightPosition::Output => {}
+            WeightPosition::Input | WeightPosition::BeforeDown => {
+                buffers.push(("topk_weights", self.token_buffer("row_weights", Contents::RowWeights, 4)));
+            }
+        }
+        let by = AssignBy::Batched { capacity };
+        let row_slots = self.assign_rows("experts.assign", num_slots, by, &mut buffers)?;
+        let load = Counted::Load(num_slots);
+        self.diagnose(Part::Experts, load, [1, 0], Matrices::Groups, LOAD_SLOT, &[("topk_ids", row_slots)])?;
+        buffers.push(("row_slots", row_slots));
+        Ok(RoutedBuffers { row_slots, buffers, shared_weights: None })
+    }
+
+    /// A step that says which matrix a row meets.
+    pub(super) fn assign_rows(
+        &mut self,
+        name: &'static str,
+        num_slots: usize,
+        by: AssignBy,
+        buffers: &mut Vec<(&'static str, usize)>,
+    ) -> Result<usize> {
+        let rows_per_token = self.spec.rows_per_token();
+        let assigned = self.scratch(name, rows_per_token);
+        buffers.push(("slots_out", assigned));
+        let extent = Extent::PerToken { items: rows_per_token, per: 64, limit: 8192 };
+        let grid = Grid { x: extent, y: Extent::Fixed(1) };
+        let operation = Operation::Assign(Assign { rows_per_token, num_slots, by });
+        let step = self.step(name, Part::Experts, operation, grid, buffers)?;
+        buffers.retain(|(name, _)| *name != "slots_out");
+        self.drafts.push(Draft::Step(step));
+        Ok(assigned)
     }
 
     /// The layers of a router with state, to its logits.

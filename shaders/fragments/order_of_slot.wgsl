@@ -1,0 +1,3 @@
+fn order_of(slot: u32) -> i32 {
+    return row_slots[slot];
+}
