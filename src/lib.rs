@@ -79,6 +79,8 @@
 
 pub mod backend;
 pub mod checkpoint;
+#[cfg(feature = "cli")]
+pub mod conformance;
 pub mod error;
 pub mod families;
 #[cfg(feature = "cli")]
