@@ -1,5 +1,5 @@
-//! Clamp limit, selection bias and routed scale in every combination of dtype, place, path and backend: the
-//! parameters whose loss is the reason for this crate.
+//! Clamp limit, selection bias and routed scale in every combination of format, quantisation of activations, place,
+//! path and backend: the parameters whose loss is the reason for this crate.
 
 use moewe::host::{Host, Session};
 use moewe::schedule::lower;
@@ -9,12 +9,79 @@ use moewe::{Backend, Cpu, Options, Plan, Scope, Tensor};
 
 use crate::rig::{GEMV, LayerInputs, RandomLayer, TILED, deepseek_like, gpu, segmented};
 
-const FORMATS: [WeightFormat; 3] = [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16];
+/// Formats of weights, and how rows are quantised that meet them: a scale of each span and type somewhere.
+const FORMATS: [(WeightFormat, ActivationQuant); 8] = {
+    use ActivationCode::{E4m3, Int8};
+    use ActivationScale::{F32, F32CeilPow2, Ue8m0Packed};
+    let rule = ScaleRule::FlooredAmax;
+    let int4 = WeightFormat::Int4 { group: Some(32), scale: ScaleFormat::Bf16, zero_points: false, act_order: false };
+    [
+        (WeightFormat::F32, ActivationQuant::Dynamic { code: E4m3, span: ScaleSpan::Token, rule, scale: F32 }),
+        (WeightFormat::F16, ActivationQuant::dynamic_fp8(128, F32CeilPow2)),
+        (WeightFormat::Bf16, ActivationQuant::Dynamic { code: E4m3, span: ScaleSpan::Tensor, rule, scale: F32 }),
+        (WeightFormat::Fp8Tensor, ActivationQuant::Static { code: E4m3 }),
+        (WeightFormat::Fp8Block { block: [16, 16], scale: ScaleFormat::F32 }, ActivationQuant::dynamic_fp8(32, F32)),
+        (WeightFormat::Nvfp4, ActivationQuant::dynamic_fp8(64, F32)),
+        (WeightFormat::Mxfp4, ActivationQuant::dynamic_fp8(32, Ue8m0Packed)),
+        (int4, ActivationQuant::Dynamic { code: Int8, span: ScaleSpan::Token, rule, scale: F32 }),
+    ]
+};
+
+/// Weights and rows of one layer, and whether activation and quantisation may be one step.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    format: WeightFormat,
+    quant: ActivationQuant,
+    fuse_quantization: bool,
+}
+
+fn cases() -> impl Iterator<Item = Case> {
+    FORMATS.into_iter().flat_map(|(format, quant)| {
+        [(ActivationQuant::None, true), (quant, true), (quant, false)].map(|(quant, fuse_quantization)| Case {
+            format,
+            quant,
+            fuse_quantization,
+        })
+    })
+}
+
+impl Case {
+    /// The layer of all tests here, routed and shared experts in this format.
+    fn spec(self) -> MoeSpec {
+        let mut spec = deepseek_like();
+        for mlp in [&mut spec.experts, &mut spec.shared.as_mut().unwrap().mlp] {
+            (mlp.format, mlp.activation_quant) = (self.format, self.quant);
+        }
+        spec
+    }
+
+    /// Those of `PATHS`. Rows are quantised one by one: twenty show as much as seventy.
+    fn paths(self) -> [(&'static str, usize, Options); 2] {
+        PATHS.map(|(name, tokens, options)| {
+            let tokens = if self.quant.is_on() { tokens.min(20) } else { tokens };
+            (name, tokens, Options { fuse_quantization: self.fuse_quantization, ..options })
+        })
+    }
+
+    fn input(self, layer: &RandomLayer, tokens: usize, scale: f32) -> LayerInputs {
+        let mut inputs = layer.all_inputs(tokens, 5);
+        inputs.hidden_states.iter_mut().for_each(|value| *value *= scale);
+        inputs
+    }
+
+    /// Largest distance from the reference, and rel_fro of all values. A value beside the middle of two E4M3 codes
+    /// moves by an eighth when it goes the other way; it is one of 24.
+    fn matches(self) -> (f32, f32) {
+        if self.quant.is_on() { (0.05, 0.005) } else { (1e-5, 1e-5) }
+    }
+}
+
 /// Both paths: few tokens through matrix-vector products, many through tiles.
 const PATHS: [(&str, usize, Options); 2] = [("decode", 3, GEMV), ("prefill", 70, TILED)];
 /// Relative to the largest value of the output.
-const MATCHES: f32 = 1e-5;
 const MOVES: f32 = 1e-2;
+/// Likewise where rows are quantised.
+const CODES_MOVE: f32 = 0.2;
 
 /// Largest difference relative to the largest value of `a`.
 fn distance(a: &[f32], b: &[f32]) -> f32 {
@@ -23,67 +90,84 @@ fn distance(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max) / largest
 }
 
+fn rel_fro(want: &[f32], got: &[f32]) -> f32 {
+    let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
+    let off = square(&mut want.iter().zip(got).map(|(a, b)| a - b));
+    (off / square(&mut want.iter().copied())).sqrt()
+}
+
 fn run<B: Host>(backend: B, layer: &RandomLayer, tokens: usize, options: &Options, inputs: &LayerInputs) -> Vec<f32> {
     let plan = Plan::new(backend, &layer.spec, &layer.weights(), tokens, &segmented(options)).unwrap();
     Session::new(plan, &layer.spec).unwrap().run(&inputs.view()).unwrap().output
 }
 
-/// Both backends on both paths give what the reference gives.
-fn every_path(layer: &RandomLayer, scale: f32, what: &str) -> Vec<Vec<f32>> {
-    let path = |(name, tokens, options): &(&str, usize, Options)| {
-        let mut inputs = layer.all_inputs(*tokens, 5);
-        inputs.hidden_states.iter_mut().for_each(|value| *value *= scale);
+/// Both backends on both paths give what the reference gives: that.
+fn every_path(layer: &RandomLayer, case: Case, scale: f32, what: &str) -> Vec<Vec<f32>> {
+    let path = |(name, tokens, options): (&str, usize, Options)| {
+        let inputs = case.input(layer, tokens, scale);
         let want = layer.judge(inputs.view()).output;
         for (backend, got) in [
-            ("cpu", run(Cpu::new(), layer, *tokens, options, &inputs)),
-            ("wgpu", run(gpu().clone(), layer, *tokens, options, &inputs)),
+            ("cpu", run(Cpu::new(), layer, tokens, &options, &inputs)),
+            ("wgpu", run(gpu().clone(), layer, tokens, &options, &inputs)),
         ] {
-            let off = distance(&want, &got);
-            assert!(off < MATCHES, "{what}, {name}, {backend}: off by {off}");
+            let (off, all) = (distance(&want, &got), rel_fro(&want, &got));
+            let (farthest, all_apart) = case.matches();
+            assert!(off < farthest && all < all_apart, "{case:?}, {what}, {name}, {backend}: off by {off}, {all}");
         }
         want
     };
-    PATHS.iter().map(path).collect()
+    case.paths().map(path).into()
 }
 
 /// All kernels' text of a spec.
-fn text(spec: &MoeSpec) -> String {
-    let schedule = lower(spec, Scope::Layer, 70, &gpu().facts(), &GEMV).unwrap();
+fn text(spec: &MoeSpec, options: &Options) -> String {
+    let schedule = lower(spec, Scope::Layer, 70, &gpu().facts(), options).unwrap();
     schedule.buckets.iter().flat_map(|bucket| &bucket.steps).map(|step| step.operation.source().wgsl()).collect()
 }
 
+/// A layer whose routed or shared experts have this limit, the others none.
+fn limited(case: Case, place: &str, limit: Option<f32>, gate: f32, up: f32) -> RandomLayer {
+    let mut spec = case.spec();
+    spec.precision = Precision::float32(FloatType::F32, FloatType::F32);
+    let mut shared = spec.shared.take().unwrap();
+    for mlp in [&mut spec.experts, &mut shared.mlp] {
+        (mlp.gate_up_bias, mlp.activation) = (true, Activation::Swiglu { limit: None });
+    }
+    match place {
+        "routed" => spec.experts.activation = Activation::Swiglu { limit },
+        _ => shared.mlp.activation = Activation::Swiglu { limit },
+    }
+    spec.shared = Some(shared);
+    for (_, _, options) in case.paths() {
+        let text = text(&spec, &options);
+        for code in ["SWIGLU_LIMIT", "fn at_most"] {
+            assert_eq!(text.contains(code), limit.is_some(), "{code} in {case:?}, limit {limit:?}");
+        }
+    }
+    let mut layer = RandomLayer::new(spec, 31);
+    layer.set_gate_up_bias(true, gate, up);
+    layer.set_gate_up_bias(false, gate, up);
+    layer
+}
+
 #[test]
-fn the_clamp_acts_in_every_dtype_place_path_and_backend() {
-    for format in FORMATS {
+fn the_clamp_acts_in_every_format_place_path_and_backend() {
+    for case in cases() {
+        let moves = if case.quant.is_on() { CODES_MOVE } else { MOVES };
         // Half of all values are small (0.1 * 2 N(0, 1)): the biases decide what a limit of 1 meets.
         for (part, gate, up) in [("gate", 4.0, 0.5), ("up", -1.0, 4.0), ("up below", -1.0, -4.0)] {
+            let none = every_path(&limited(case, "routed", None, gate, up), case, 0.05, &format!("{part}, no limit"));
             for place in ["routed", "shared"] {
-                let outputs = [None, Some(1.0), Some(1e4)].map(|limit| {
-                    let mut spec = deepseek_like();
-                    spec.precision = Precision::float32(FloatType::F32, FloatType::F32);
-                    let limited = Activation::Swiglu { limit };
-                    let mut shared = spec.shared.take().unwrap();
-                    for mlp in [&mut spec.experts, &mut shared.mlp] {
-                        (mlp.format, mlp.gate_up_bias, mlp.activation) =
-                            (format, true, Activation::Swiglu { limit: None });
-                    }
-                    match place {
-                        "routed" => spec.experts.activation = limited,
-                        _ => shared.mlp.activation = limited,
-                    }
-                    spec.shared = Some(shared);
-                    assert_eq!(text(&spec).contains("SWIGLU_LIMIT"), limit.is_some(), "clamp code without a limit");
-                    assert_eq!(text(&spec).contains("fn at_most"), limit.is_some(), "clamp code without a limit");
-                    let mut layer = RandomLayer::new(spec, 31);
-                    layer.set_gate_up_bias(true, gate, up);
-                    layer.set_gate_up_bias(false, gate, up);
-                    every_path(&layer, 0.05, &format!("{format:?}, {part}, {place}, limit {limit:?}"))
-                });
-                let [none, small, large] = outputs;
-                for ((none, small), large) in none.iter().zip(&small).zip(&large) {
-                    assert_eq!(none, large, "a limit that nothing reaches changed the output");
+                let [small, large] = [1.0, 1e4].map(|limit| limited(case, place, Some(limit), gate, up));
+                let small = every_path(&small, case, 0.05, &format!("{part}, {place}, a limit of 1"));
+                for ((none, small), (_, tokens, _)) in none.iter().zip(&small).zip(case.paths()) {
+                    let large = large.judge(case.input(&large, tokens, 0.05).view()).output;
+                    assert_eq!(*none, large, "a limit that nothing reaches changed the output");
                     let moved = distance(none, small);
-                    assert!(moved > MOVES, "{format:?}, {part}, {place}: a limit of 1 moves by {moved} only");
+                    assert!(moved > moves, "{case:?}, {part}, {place}: a limit of 1 moves by {moved} only");
+                }
+                if !case.quant.is_on() {
+                    every_path(&large, case, 0.05, &format!("{part}, {place}, a limit that nothing reaches"));
                 }
             }
         }
@@ -91,28 +175,27 @@ fn the_clamp_acts_in_every_dtype_place_path_and_backend() {
 }
 
 #[test]
-fn the_routed_scale_acts_once_in_every_dtype_place_path_and_backend() {
-    for format in FORMATS {
+fn the_routed_scale_acts_once_in_every_format_place_path_and_backend() {
+    for case in cases() {
         for on_output in [false, true] {
             for with_shared in [false, true] {
                 let outputs = [2.5, 0.3].map(|rho| {
-                    let mut spec = deepseek_like();
+                    let mut spec = case.spec();
                     spec.precision = Precision::float32(FloatType::Bf16, FloatType::F32);
-                    spec.experts.format = format;
                     spec.routing.routed_scaling_factor = rho;
                     spec.routing.apply_routed_scale_to_output = on_output;
                     if !with_shared {
                         spec.shared = None;
                     }
                     let layer = RandomLayer::new(spec, 32);
-                    every_path(&layer, 1.0, &format!("{format:?}, on output {on_output}, shared {with_shared}, {rho}"))
+                    every_path(&layer, case, 1.0, &format!("on output {on_output}, shared {with_shared}, {rho}"))
                 });
                 // rho multiplies the routed part and nothing else: without shared expert the ratio is that of rho.
                 for (with_large, with_small) in outputs[0].iter().zip(&outputs[1]) {
                     let scaled: Vec<f32> = with_large.iter().map(|value| value * 0.3 / 2.5).collect();
                     let off = distance(with_small, &scaled);
                     let (least, most) = if with_shared { (MOVES, f32::MAX) } else { (0.0, 1e-6) };
-                    assert!((least..=most).contains(&off), "shared {with_shared}: {off}");
+                    assert!((least..=most).contains(&off), "{case:?}, shared {with_shared}: {off}");
                 }
             }
         }
@@ -120,20 +203,22 @@ fn the_routed_scale_acts_once_in_every_dtype_place_path_and_backend() {
 }
 
 #[test]
-fn the_selection_bias_is_f32_whatever_the_dtypes_around_it() {
+fn the_selection_bias_is_f32_whatever_the_types_around_it() {
     // Near 7, as in GLM-5.2: bf16 has steps of 2^-5 there, and would choose other experts.
     let fine = |e: usize| 7.0 + 0.001 * ((e * 7) % 12) as f32;
-    for format in FORMATS {
-        for input in [FloatType::F32, FloatType::F16, FloatType::Bf16] {
+    for case in cases() {
+        let inputs = [FloatType::Bf16, FloatType::F16, FloatType::F32];
+        for input in inputs.into_iter().take(if case.quant.is_on() { 1 } else { 3 }) {
             let chosen = [0, 1].map(|which| {
-                let mut spec = deepseek_like();
+                let mut spec = case.spec();
                 spec.precision = Precision::float32(input, FloatType::F32);
                 let method =
                     RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
                 spec.routing.method = method;
+                // Whatever the experts read, the router reads rows as they came.
                 let router = Router::Linear {
                     input: RouterInput::Hidden,
-                    format,
+                    format: case.format,
                     bias: false,
                     transform: LogitTransform::Multiply { factor: 0.01 },
                 };
@@ -143,10 +228,10 @@ fn the_selection_bias_is_f32_whatever_the_dtypes_around_it() {
                 layer.selection_bias = Some((0..12).map(fine).map(narrow).collect());
                 let inputs = layer.all_inputs(70, 34);
                 let want = layer.judge(inputs.view()).routed.topk_ids;
-                for (_, _, options) in PATHS {
+                for (_, _, options) in case.paths() {
                     let cpu = layer.on_cpu(70, &options, None).run(&inputs.view()).unwrap().topk_ids;
                     let wgpu = layer.on_gpu(70, &options).run(&inputs.view()).unwrap().topk_ids;
-                    assert!(want == cpu && want == wgpu, "{format:?}, {input:?}");
+                    assert!(want == cpu && want == wgpu, "{case:?}, {input:?}");
                 }
                 want
             });
@@ -261,10 +346,8 @@ fn each_rounding_stands_where_the_reference_has_it() {
                             run(Cpu::new(), &layer, tokens.max(20), &options, &inputs),
                             run(gpu().clone(), &layer, tokens.max(20), &options, &inputs),
                         ] {
-                            let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>();
-                            let off = square(&mut want.iter().zip(&got).map(|(a, b)| a - b));
-                            let rel_fro = (off / square(&mut want.iter().copied())).sqrt();
-                            assert!(rel_fro < 0.2 * half_ulp, "{what}: {} half ulp", rel_fro / half_ulp);
+                            let off = rel_fro(&want, &got);
+                            assert!(off < 0.2 * half_ulp, "{what}: {} half ulp", off / half_ulp);
                         }
                     }
                 }
