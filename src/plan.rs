@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::kernels::Operation;
-use crate::kernels::pack::GroupSource;
+use crate::kernels::pack::{GroupSource, PackedMatrix};
 use crate::schedule::{self, Buffer, Contents, DeviceFacts, Gemms, Options, Part, Schedule, Step, Table};
 use crate::spec::MoeSpec;
 use crate::support::Scope;
@@ -243,7 +243,7 @@ impl<B: Backend> Plan<B> {
     ) -> Result<Self> {
         let schedule = schedule::lower(spec, Scope::Layer, max_tokens, &backend.facts(), options)?;
         weights.check(spec)?;
-        Self::from_schedule(backend, schedule, &weights.router, Some(weights))
+        Self::from_schedule(backend, schedule, &fill(&weights.router, Some(weights)))
     }
 
     /// Plans the routing alone: ids and weights.
@@ -259,15 +259,11 @@ impl<B: Backend> Plan<B> {
     ) -> Result<Self> {
         let schedule = schedule::lower(spec, Scope::Routing, max_tokens, &backend.facts(), options)?;
         router.check(spec)?;
-        Self::from_schedule(backend, schedule, router, None)
+        Self::from_schedule(backend, schedule, &fill(router, None))
     }
 
-    fn from_schedule(
-        backend: B,
-        schedule: Schedule,
-        router: &RouterWeights<'_>,
-        weights: Option<&MoeWeights<'_>>,
-    ) -> Result<Self> {
+    /// Plans a schedule whose own buffers `fill` writes.
+    pub(crate) fn from_schedule(backend: B, schedule: Schedule, fill: Fill<'_>) -> Result<Self> {
         let (mut kernels, mut operations): (Vec<B::Kernel>, Vec<&Operation>) = (vec![], vec![]);
         let mut kernel_of = vec![];
         for bucket in &schedule.buckets {
@@ -287,12 +283,6 @@ impl<B: Backend> Plan<B> {
         }
         let mut owned = vec![];
         for buffer in &schedule.buffers {
-            let create = || backend.create_buffer(&buffer.name, buffer.bytes, false);
-            let filled = |words: &[u32]| -> Result<_> {
-                let buffer = create()?;
-                backend.write(&buffer, 0, words)?;
-                Ok(Some(buffer))
-            };
             owned.push(match buffer.contents {
                 Contents::HiddenStates
                 | Contents::TokenIds
@@ -309,19 +299,13 @@ impl<B: Backend> Plan<B> {
                 | Contents::SharedWeights
                 | Contents::Scratch
                 | Contents::Params => None,
-                Contents::Segment { matrix, segment } => {
-                    let packed = &schedule.matrices[matrix];
-                    let target = create()?;
-                    packed.pack(
-                        segment,
-                        &|group| source(packed.name, group, router, weights),
-                        &mut |word, words| backend.write(&target, 4 * word as u64, words),
-                    )?;
+                Contents::Segment { matrix: _, segment: _ }
+                | Contents::Spans { matrix: _, segment: _ }
+                | Contents::Table(_) => {
+                    let target = backend.create_buffer(&buffer.name, buffer.bytes, false)?;
+                    fill(&schedule, buffer, &mut |word, words| backend.write(&target, 4 * word as u64, words))?;
                     Some(target)
                 }
-                Contents::Spans { matrix, segment } => filled(&schedule.matrices[matrix].span_table(segment))?,
-                Contents::Table(Table::ExpertSlots) => filled(bytemuck::cast_slice(&schedule.expert_slots))?,
-                Contents::Table(which) => filled(&table(which, buffer, router, weights)?)?,
             });
         }
         let words: Vec<u32> = (0..=schedule.max_tokens as u32).collect();
@@ -482,19 +466,62 @@ fn too_short(name: &str, found: u64, expected: u64) -> Error {
     )
 }
 
-/// The words of a table.
+/// Writes words of a buffer: `write(first word, words)`.
+pub(crate) type Write<'a> = &'a mut dyn FnMut(usize, &[u32]) -> Result<()>;
+/// Writes what a buffer of the plan's own holds.
+pub(crate) type Fill<'a> = &'a dyn Fn(&Schedule, &Buffer, Write<'_>) -> Result<()>;
+
+/// What a plan of these weights writes.
+pub(crate) fn fill<'a>(
+    router: &'a RouterWeights<'a>,
+    weights: Option<&'a MoeWeights<'a>>,
+) -> impl Fn(&Schedule, &Buffer, Write<'_>) -> Result<()> {
+    move |schedule, buffer, write| match buffer.contents {
+        Contents::Segment { matrix, segment } => {
+            let packed = &schedule.matrices[matrix];
+            packed.pack(segment, &|group| source(packed, group, router, weights), write)
+        }
+        Contents::Spans { matrix, segment } => write(0, &schedule.matrices[matrix].span_table(segment)),
+        Contents::Table(which) => match table(which, schedule, router, weights) {
+            Some(words) if 4 * words.len() as u64 == buffer.bytes => write(0, &words),
+            found => Err(Error::invalid(
+                buffer.name.clone(),
+                found.map_or("none".into(), |words| format!("{} values", words.len())),
+                format!("{} bytes", buffer.bytes),
+                "make weights and spec agree",
+            )),
+        },
+        Contents::HiddenStates
+        | Contents::TokenIds
+        | Contents::Output
+        | Contents::TopkIds
+        | Contents::TopkWeights
+        | Contents::ExpertHiddenStates
+        | Contents::AdapterIds
+        | Contents::Counts
+        | Contents::RowWeights
+        | Contents::GivenLogits
+        | Contents::PreviousRouterStates
+        | Contents::RouterStates
+        | Contents::SharedWeights
+        | Contents::Scratch
+        | Contents::Params => Ok(()),
+    }
+}
+
+/// The words of a table, if the weights have it.
 fn table(
     which: Table,
-    buffer: &Buffer,
+    schedule: &Schedule,
     router: &RouterWeights<'_>,
     weights: Option<&MoeWeights<'_>>,
-) -> Result<Vec<u32>> {
+) -> Option<Vec<u32>> {
     let mlp = router.mlp.as_ref();
     let norm = weights.and_then(|weights| weights.latent.as_ref()).map(|latent| &latent.norm);
     let values: Option<&[f32]> = match which {
         // The schedule has it.
-        Table::ExpertSlots => None,
-        Table::Tid2eid => return Ok(router.tid2eid.iter().flatten().map(|&id| id as u32).collect()),
+        Table::ExpertSlots => return Some(bytemuck::cast_slice(&schedule.expert_slots).to_vec()),
+        Table::Tid2eid => return router.tid2eid.as_deref().map(|ids| bytemuck::cast_slice(ids).to_vec()),
         Table::SelectionBias => router.selection_bias.as_deref(),
         Table::PerExpertScale => router.per_expert_scale.as_deref(),
         Table::GlobalScale => router.global_scale.as_ref().map(std::slice::from_ref),
@@ -507,20 +534,12 @@ fn table(
             (Some(LatentNormWeights::Reduced(weight)), Table::LatentReducedNorm) => Some(weight),
             (_, _) => None,
         },
-        Table::ExpertInputScales(gemm) => return Ok(input_scales(weights.map(|weights| &weights.experts), gemm)),
-        Table::SharedInputScales(gemm) => return Ok(input_scales(weights.map(|weights| &weights.shared), gemm)),
+        Table::ExpertInputScales(gemm) => return Some(input_scales(weights.map(|weights| &weights.experts), gemm)),
+        Table::SharedInputScales(gemm) => return Some(input_scales(weights.map(|weights| &weights.shared), gemm)),
         Table::OutputBias => weights.and_then(|weights| weights.output_bias.as_deref()),
         Table::OutputNorm => weights.and_then(|weights| weights.output_norm.as_deref()),
     };
-    match values {
-        Some(values) if 4 * values.len() as u64 == buffer.bytes => Ok(bytemuck::cast_slice(values).to_vec()),
-        found => Err(Error::invalid(
-            buffer.name.clone(),
-            found.map_or("none".into(), |values| format!("{} values", values.len())),
-            format!("{} bytes", buffer.bytes),
-            "make weights and spec agree",
-        )),
-    }
+    values.map(|values| bytemuck::cast_slice(values).to_vec())
 }
 
 /// The static scales of what enters a GEMM; `MoeWeights::check` has seen to it that each MLP has them.
@@ -541,7 +560,7 @@ fn lora<'a>(weights: Option<&'a MoeWeights<'a>>, group: usize) -> Option<&'a Lor
 
 /// Where the rows of a packed matrix come from.
 fn source<'a>(
-    name: &'static str,
+    packed: &PackedMatrix,
     group: usize,
     router: &'a RouterWeights<'a>,
     weights: Option<&'a MoeWeights<'a>>,
@@ -558,7 +577,7 @@ fn source<'a>(
     let plain = |matrix: &'a Matrix<'a>| GroupSource { matrices: vec![matrix], biases: vec![] };
     let mlp = router.mlp.as_ref();
     let latent = weights.and_then(|weights| weights.latent.as_ref());
-    let found = match name {
+    let found = match packed.name {
         "router_gemm" => router.weight.as_ref().map(|weight| GroupSource {
             matrices: vec![weight],
             biases: router.bias.iter().map(Vec::as_slice).collect(),
@@ -581,9 +600,11 @@ fn source<'a>(
         "latent.up" => latent.map(|latent| plain(&latent.up)),
         _ => None,
     };
-    found.ok_or_else(|| {
-        Error::invalid(name, format!("no weights for group {group}"), "some", "make weights and spec agree")
-    })
+    let found = found.ok_or_else(|| {
+        Error::invalid(packed.name, format!("no weights for group {group}"), "some", "make weights and spec agree")
+    })?;
+    packed.expect(&found)?;
+    Ok(found)
 }
 
 /// A plan with its buffers.
