@@ -6,8 +6,8 @@ use crate::inputs;
 use moewe::host::{Host, Outcome, Session};
 use moewe::kernels::{Operation, RowScale};
 use moewe::reference::Inputs;
-use moewe::schedule::{Contents, DECODE_TOKENS, Decision, Options, Schedule};
-use moewe::{Error, MoeSpec, MoeWeights, Plan, Result, RouterWeights};
+use moewe::schedule::{self, Contents, Decision, Options, Schedule};
+use moewe::{Error, MoeSpec, MoeWeights, Plan, Result, RouterWeights, Scope};
 
 /// What is asked of an engine.
 #[derive(Clone, Copy)]
@@ -22,6 +22,8 @@ pub enum Work<'a> {
 pub trait Engine {
     /// Makes a layer ready for up to `max_tokens` tokens.
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>>;
+    /// What a plan would run, without planning; `None` for an engine without steps.
+    fn schedule(&self, spec: &MoeSpec, max_tokens: usize) -> Result<Option<Schedule>>;
 }
 
 /// A layer that is ready.
@@ -59,6 +61,13 @@ pub struct Memory {
     pub io: u64,
 }
 
+impl Memory {
+    /// Of a schedule.
+    pub fn of(schedule: &Schedule) -> Self {
+        Self { weights: schedule.weight_bytes(), scratch: schedule.scratch_bytes(), io: io_bytes(schedule) }
+    }
+}
+
 /// Each step is timed so often; the median counts.
 const RUNS: usize = 5;
 
@@ -93,15 +102,19 @@ pub struct Device<B> {
     pub segment_bytes: Option<u64>,
 }
 
+impl<B> Device<B> {
+    fn options(&self) -> Options {
+        Options { segment_bytes: self.segment_bytes, ..Options::AUTO }
+    }
+}
+
 impl<B: Host + Clone> Engine for Device<B> {
+    fn schedule(&self, spec: &MoeSpec, max_tokens: usize) -> Result<Option<Schedule>> {
+        schedule::lower(spec, Scope::Layer, max_tokens, &self.backend.facts(), &self.options()).map(Some)
+    }
+
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>> {
-        let options = Options {
-            segment_bytes: self.segment_bytes,
-            decode_tokens: DECODE_TOKENS,
-            fuse_quantization: true,
-            diagnostics: false,
-        };
-        let backend = self.backend.clone();
+        let (options, backend) = (self.options(), self.backend.clone());
         let plan = match work {
             Work::Layer(weights) => Plan::new(backend, spec, weights, max_tokens, &options)?,
             Work::Routing(router) => Plan::routing(backend, spec, router, max_tokens, &options)?,
@@ -176,8 +189,7 @@ impl<B: Host> Runner for Planned<'_, B> {
     }
 
     fn memory(&self) -> Option<Memory> {
-        let schedule = self.session.plan().schedule();
-        Some(Memory { weights: schedule.weight_bytes(), scratch: schedule.scratch_bytes(), io: io_bytes(schedule) })
+        Some(Memory::of(self.session.plan().schedule()))
     }
 }
 
