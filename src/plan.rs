@@ -243,7 +243,7 @@ impl<B: Backend> Plan<B> {
     ) -> Result<Self> {
         let schedule = schedule::lower(spec, Scope::Layer, max_tokens, &backend.facts(), options)?;
         weights.check(spec)?;
-        Self::from_schedule(backend, schedule, &weights.router, Some(weights))
+        Self::from_schedule(backend, schedule, &fill(&weights.router, Some(weights)))
     }
 
     /// Plans the routing alone: ids and weights.
@@ -259,15 +259,11 @@ impl<B: Backend> Plan<B> {
     ) -> Result<Self> {
         let schedule = schedule::lower(spec, Scope::Routing, max_tokens, &backend.facts(), options)?;
         router.check(spec)?;
-        Self::from_schedule(backend, schedule, router, None)
+        Self::from_schedule(backend, schedule, &fill(router, None))
     }
 
-    fn from_schedule(
-        backend: B,
-        schedule: Schedule,
-        router: &RouterWeights<'_>,
-        weights: Option<&MoeWeights<'_>>,
-    ) -> Result<Self> {
+    /// Plans a schedule whose own buffers `fill` writes.
+    pub(crate) fn from_schedule(backend: B, schedule: Schedule, fill: Fill<'_>) -> Result<Self> {
         let (mut kernels, mut operations): (Vec<B::Kernel>, Vec<&Operation>) = (vec![], vec![]);
         let mut kernel_of = vec![];
         for bucket in &schedule.buckets {
@@ -287,12 +283,6 @@ impl<B: Backend> Plan<B> {
         }
         let mut owned = vec![];
         for buffer in &schedule.buffers {
-            let create = || backend.create_buffer(&buffer.name, buffer.bytes, false);
-            let filled = |words: &[u32]| -> Result<_> {
-                let buffer = create()?;
-                backend.write(&buffer, 0, words)?;
-                Ok(Some(buffer))
-            };
             owned.push(match buffer.contents {
                 Contents::HiddenStates
                 | Contents::TokenIds
@@ -309,19 +299,13 @@ impl<B: Backend> Plan<B> {
                 | Contents::SharedWeights
                 | Contents::Scratch
                 | Contents::Params => None,
-                Contents::Segment { matrix, segment } => {
-                    let packed = &schedule.matrices[matrix];
-                    let target = create()?;
-                    packed.pack(
-                        segment,
-                        &|group| source(packed.name, group, router, weights),
-                        &mut |word, words| backend.write(&target, 4 * word as u64, words),
-                    )?;
+                Contents::Segment { matrix: _, segment: _ }
+                | Contents::Spans { matrix: _, segment: _ }
+                | Contents::Table(_) => {
+                    let target = backend.create_buffer(&buffer.name, buffer.bytes, false)?;
+                    fill(&schedule, buffer, &mut |word, words| backend.write(&target, 4 * word as u64, words))?;
                     Some(target)
                 }
-                Contents::Spans { matrix, segment } => filled(&schedule.matrices[matrix].span_table(segment))?,
-                Contents::Table(Table::ExpertSlots) => filled(bytemuck::cast_slice(&schedule.expert_slots))?,
-                Contents::Table(which) => filled(&table(which, buffer, router, weights)?)?,
             });
         }
         let words: Vec<u32> = (0..=schedule.max_tokens as u32).collect();
@@ -338,6 +322,13 @@ impl<B: Backend> Plan<B> {
     /// The backend it was planned on.
     pub fn backend(&self) -> &B {
         &self.inner.backend
+    }
+
+    /// The plan's own buffers, each with what it holds.
+    pub(crate) fn owned(&self) -> impl Iterator<Item = (Contents, &B::Buffer)> {
+        let Inner { schedule, owned, backend: _, kernels: _, kernel_of: _, counts: _ } = &*self.inner;
+        let held = schedule.buffers.iter().zip(owned);
+        held.filter_map(|(buffer, owned)| Some((buffer.contents, owned.as_ref()?)))
     }
 
     /// The scratch it needs.
@@ -480,6 +471,42 @@ fn too_short(name: &str, found: u64, expected: u64) -> Error {
         format!("at least {expected} bytes"),
         "allocate a larger buffer",
     )
+}
+
+/// Writes words of a buffer: `write(first word, words)`.
+pub(crate) type Write<'a> = &'a mut dyn FnMut(usize, &[u32]) -> Result<()>;
+/// Writes what a buffer of the plan's own holds.
+pub(crate) type Fill<'a> = &'a dyn Fn(&Schedule, &Buffer, Write<'_>) -> Result<()>;
+
+/// What a plan of these weights writes.
+pub(crate) fn fill<'a>(
+    router: &'a RouterWeights<'a>,
+    weights: Option<&'a MoeWeights<'a>>,
+) -> impl Fn(&Schedule, &Buffer, Write<'_>) -> Result<()> {
+    move |schedule, buffer, write| match buffer.contents {
+        Contents::Segment { matrix, segment } => {
+            let packed = &schedule.matrices[matrix];
+            packed.pack(segment, &|group| source(packed.name, group, router, weights), write)
+        }
+        Contents::Spans { matrix, segment } => write(0, &schedule.matrices[matrix].span_table(segment)),
+        Contents::Table(Table::ExpertSlots) => write(0, bytemuck::cast_slice(&schedule.expert_slots)),
+        Contents::Table(which) => write(0, &table(which, buffer, router, weights)?),
+        Contents::HiddenStates
+        | Contents::TokenIds
+        | Contents::Output
+        | Contents::TopkIds
+        | Contents::TopkWeights
+        | Contents::ExpertHiddenStates
+        | Contents::AdapterIds
+        | Contents::Counts
+        | Contents::RowWeights
+        | Contents::GivenLogits
+        | Contents::PreviousRouterStates
+        | Contents::RouterStates
+        | Contents::SharedWeights
+        | Contents::Scratch
+        | Contents::Params => Ok(()),
+    }
 }
 
 /// The words of a table.

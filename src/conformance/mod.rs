@@ -4,3 +4,4 @@
 
 mod matrix;
 pub mod sample;
+pub mod synthetic;
