@@ -6,7 +6,7 @@ use crate::inputs;
 use moewe::host::{Host, Outcome, Session};
 use moewe::kernels::{Operation, RowScale};
 use moewe::reference::Inputs;
-use moewe::schedule::{self, Contents, DECODE_TOKENS, Decision, Options, Schedule};
+use moewe::schedule::{self, Contents, Decision, Options, Schedule};
 use moewe::{Error, MoeSpec, MoeWeights, Plan, Result, RouterWeights, Scope};
 
 /// What is asked of an engine.
@@ -104,12 +104,7 @@ pub struct Device<B> {
 
 impl<B> Device<B> {
     fn options(&self) -> Options {
-        Options {
-            segment_bytes: self.segment_bytes,
-            decode_tokens: DECODE_TOKENS,
-            fuse_quantization: true,
-            diagnostics: false,
-        }
+        Options { segment_bytes: self.segment_bytes, ..Options::AUTO }
     }
 }
 
