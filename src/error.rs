@@ -70,6 +70,25 @@ pub enum Error {
         /// The parser's reason.
         source: serde_json::Error,
     },
+    /// The device is gone: destroyed by its owner, reset or unplugged. Plans on it are of no use; one on a new
+    /// device gives the same bits.
+    #[error("{backend}: found the device lost while {operation}, expected a working one; open a device and plan on it")]
+    DeviceLost {
+        /// The backend.
+        backend: &'static str,
+        /// What we asked for.
+        operation: String,
+    },
+    /// There is not as much memory as we asked for.
+    #[error("{backend}: found no memory for {operation}; plan for fewer tokens or free some ({reason})")]
+    OutOfMemory {
+        /// The backend.
+        backend: &'static str,
+        /// What we asked for.
+        operation: String,
+        /// The API's answer.
+        reason: String,
+    },
     /// The device's API refused one of our calls.
     #[error("{backend}: {operation} failed: {reason}")]
     Device {

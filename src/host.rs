@@ -481,7 +481,7 @@ mod gpu {
             mapped_at_creation: false,
         });
         encoder.copy_buffer_to_buffer(buffer, 0, &target, 0, buffer.size());
-        host.queue().submit([encoder.finish()]);
+        host.scoped(&|| "submitting".into(), || host.queue().submit([encoder.finish()]))?;
         target.map_async(wgpu::MapMode::Read, .., |_| {});
         wait(device)?;
         let view = target.get_mapped_range(..).map_err(|error| failed("reading a buffer back".into(), &error))?;
@@ -494,7 +494,7 @@ mod gpu {
         }
 
         fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<()> {
-            self.queue().submit([encoder.finish()]);
+            self.scoped(&|| "submitting".into(), || self.queue().submit([encoder.finish()]))?;
             wait(self.device())
         }
 

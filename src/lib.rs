@@ -16,7 +16,7 @@
 //! # Example
 //!
 //! One layer of a checkpoint on the CPU backend, compared with the reference. On a GPU only the buffers,
-//! the encoder and the submission are others: see `examples/layer.rs`.
+//! the encoder and the submission are others: see `examples/embed.rs`.
 //!
 //! ```
 //! use std::path::Path;
@@ -24,7 +24,6 @@
 //! use moewe::backend::cpu::{CpuBuffer, CpuEncoder};
 //! use moewe::families::{Request, resolve};
 //! use moewe::reference::{self, Inputs};
-//! use moewe::schedule::DECODE_TOKENS;
 //! use moewe::spec::{ActivationQuant, FloatType};
 //! use moewe::{Backend, Checkpoint, Cpu, Io, Options, Plan, Scratch, Tokens};
 //!
@@ -37,8 +36,7 @@
 //!
 //! // Once a layer.
 //! let (backend, tokens) = (Cpu::new(), 3);
-//! let options = Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true, diagnostics: false };
-//! let plan = Plan::new(backend, spec, &weights, tokens, &options)?;
+//! let plan = Plan::new(backend, spec, &weights, tokens, &Options::AUTO)?;
 //! let scratch = Scratch::new(&backend, &plan.scratch_layout())?;
 //!
 //! // Once a set of buffers.

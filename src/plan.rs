@@ -87,13 +87,7 @@ pub struct Launch<'a, B: Backend> {
 /// # Errors
 /// The field that this backend lacks, or the rule that the spec breaks.
 pub fn supports<B: Backend>(backend: &B, spec: &MoeSpec, max_tokens: usize) -> Result<()> {
-    let options = Options {
-        segment_bytes: None,
-        decode_tokens: schedule::DECODE_TOKENS,
-        fuse_quantization: true,
-        diagnostics: false,
-    };
-    schedule::lower(spec, Scope::Layer, max_tokens, &backend.facts(), &options).map(|_| ())
+    schedule::lower(spec, Scope::Layer, max_tokens, &backend.facts(), &Options::AUTO).map(|_| ())
 }
 
 /// How many tokens a call has.

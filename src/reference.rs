@@ -77,6 +77,15 @@ pub struct Layer {
     pub output: Vec<f32>,
 }
 
+/// Whether the reference computes a layer.
+///
+/// # Errors
+/// An invalid spec, or the part of it that the reference lacks.
+pub fn supports(spec: &MoeSpec) -> Result<()> {
+    spec.validate()?;
+    Ok(support::landed("reference", spec, Scope::Layer)?)
+}
+
 /// Computes ids and weights.
 ///
 /// # Errors

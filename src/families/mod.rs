@@ -190,6 +190,32 @@ impl Resolved {
     }
 }
 
+/// A layer of a model, and what of it is here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerHere {
+    /// Its number.
+    pub layer: usize,
+    /// Whether it has no experts by `config.json`.
+    pub dense: bool,
+    /// Names of the tensors of its block that are here, sorted; none of a dense layer.
+    pub tensors: Vec<String>,
+}
+
+/// Every layer of the model, and its tensors that are here.
+///
+/// # Errors
+/// A `config.json` that [`resolve`] refuses for every layer.
+pub fn layers(checkpoint: &Checkpoint) -> Result<Vec<LayerHere>> {
+    let reading = Reading::of(checkpoint)?;
+    let sites = names::sites(checkpoint, reading.names);
+    let here = |layer: usize| {
+        let dense = reading.block(layer).is_err();
+        let tensors = if dense { vec![] } else { names::tensors(checkpoint, reading.names, &sites, layer) };
+        LayerHere { layer, dense, tensors }
+    };
+    Ok((0..reading.model.layers.len()).map(here).collect())
+}
+
 /// Finds a Mixture-of-Experts layer and says what it computes. With [`Request::layer`] `None` this is the first
 /// layer of which all tensors are here; a layer that is here in part is a note.
 ///

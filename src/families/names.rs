@@ -270,6 +270,30 @@ pub(super) fn sites(checkpoint: &Checkpoint, names: &Names) -> BTreeMap<usize, V
     found
 }
 
+/// The tensors of each layer's block, whole or not, where the model's layers are: those of other parts of a model,
+/// such as vision towers, are beside them.
+pub(super) fn tensors(
+    checkpoint: &Checkpoint,
+    names: &Names,
+    sites: &BTreeMap<usize, Vec<Site>>,
+    layer: usize,
+) -> Vec<String> {
+    let own = sites.get(&layer).into_iter().flatten().flat_map(|site| site.owned(names));
+    let mut prefixes: Vec<String> = own.collect();
+    if prefixes.is_empty() {
+        // What a layer with a router or experts would be called if it were this one.
+        for (number, sites) in sites {
+            let (other, this) = (format!("{}.{number}.", names.layers), format!("{}.{layer}.", names.layers));
+            let moved = |site: &Site| Site { layer: site.layer.replace(&other, &this), module: site.module };
+            prefixes.extend(sites.iter().flat_map(|site| moved(site).owned(names)));
+        }
+    }
+    prefixes.sort_unstable();
+    prefixes.dedup();
+    let ours = |name: &&str| prefixes.iter().any(|prefix| name.starts_with(prefix.as_str()));
+    checkpoint.names().filter(ours).map(str::to_owned).collect()
+}
+
 fn layer_number(digits: &str) -> Option<usize> {
     digits.bytes().all(|byte| byte.is_ascii_digit()).then(|| digits.parse().ok()).flatten()
 }

@@ -35,6 +35,12 @@ pub struct Options {
     pub diagnostics: bool,
 }
 
+impl Options {
+    /// The library's own choice.
+    pub const AUTO: Self =
+        Self { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true, diagnostics: false };
+}
+
 /// Up to this many tokens most experts that are touched are touched by one row, so a tile of 64
 /// rows would be empty: the matrix-vector kernel reads each weight as often and does less.
 pub const DECODE_TOKENS: usize = 8;

@@ -363,7 +363,6 @@ fn the_count_of_tokens_may_come_from_the_device() {
 /// Both answers come before a buffer is made, and are the same.
 #[test]
 fn supports_says_what_planning_says() {
-    use moewe::schedule::DECODE_TOKENS;
     let mut refused = 0;
     for (seed, mut spec) in specs(200).into_iter().enumerate() {
         let rng = &mut Rng::with_seed(seed as u64);
@@ -374,11 +373,9 @@ fn supports_says_what_planning_says() {
             _ => {}
         }
         let layer = RandomLayer::new(spec, seed as u64);
-        let options =
-            Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true, diagnostics: false };
         let word = |result: moewe::Result<()>| result.map_err(|error| error.to_string());
         let early = word(moewe::supports(&moewe::Cpu::new(), &layer.spec, 9));
-        let planned = moewe::Plan::new(moewe::Cpu::new(), &layer.spec, &layer.weights(), 9, &options).map(|_| ());
+        let planned = moewe::Plan::new(moewe::Cpu::new(), &layer.spec, &layer.weights(), 9, &AUTO).map(|_| ());
         assert_eq!(early, word(planned), "cpu: {:?}", layer.spec);
         let gpu_early = word(moewe::supports(gpu(), &layer.spec, 9));
         assert_eq!(gpu_early.clone().map_err(|said| said.replace("wgpu ", "cpu ")), early);

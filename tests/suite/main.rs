@@ -11,6 +11,7 @@ mod families;
 mod family_golden;
 mod family_specs;
 mod family_support;
+mod faults;
 mod files;
 mod gguf;
 mod gguf_file;

@@ -8,7 +8,7 @@ use fastrand::Rng;
 use moewe::conformance::sample;
 use moewe::host::{self, Limits, Session};
 use moewe::reference::{self, Inputs};
-use moewe::schedule::{DECODE_TOKENS, DeviceFacts};
+use moewe::schedule::DeviceFacts;
 use moewe::spec::{MoeSpec, WeightFormat};
 use moewe::{Cpu, Matrix, MoeWeights, Options, Plan, Wgpu};
 
@@ -114,8 +114,7 @@ impl RandomLayer {
 }
 
 /// The library's own choice of kernels.
-pub const AUTO: Options =
-    Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true, diagnostics: false };
+pub const AUTO: Options = Options::AUTO;
 /// The matrix-vector kernels for any number of tokens.
 pub const GEMV: Options =
     Options { segment_bytes: None, decode_tokens: usize::MAX, fuse_quantization: true, diagnostics: false };

@@ -77,7 +77,7 @@ impl Backend for Cpu {
     fn create_buffer(&self, _name: &str, bytes: u64, _uniform: bool) -> Result<CpuBuffer> {
         let words = usize::try_from(bytes / 4).unwrap_or(usize::MAX);
         let mut memory = Vec::new();
-        memory.try_reserve_exact(words).map_err(|error| Error::Device {
+        memory.try_reserve_exact(words).map_err(|error| Error::OutOfMemory {
             backend: "cpu",
             operation: format!("allocating {bytes} bytes"),
             reason: error.to_string(),

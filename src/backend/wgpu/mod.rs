@@ -70,7 +70,7 @@ impl Wgpu {
     }
 
     /// Runs our own calls under error scopes, so that no refusal reaches the host's handler.
-    fn scoped<T>(&self, operation: &dyn Fn() -> String, call: impl FnOnce() -> T) -> Result<T> {
+    pub(crate) fn scoped<T>(&self, operation: &dyn Fn() -> String, call: impl FnOnce() -> T) -> Result<T> {
         let filters = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation];
         let mut scopes: Vec<_> = filters.into_iter().map(|filter| self.device.push_error_scope(filter)).collect();
         let value = call();
@@ -82,10 +82,25 @@ impl Wgpu {
                 failure = Some(error);
             }
         }
+        let backend = "wgpu";
         match failure {
+            None if self.is_lost() => Err(Error::DeviceLost { backend, operation: operation() }),
             None => Ok(value),
-            Some(error) => Err(Error::Device { backend: "wgpu", operation: operation(), reason: error.to_string() }),
+            Some(wgpu::Error::OutOfMemory { source }) => {
+                Err(Error::OutOfMemory { backend, operation: operation(), reason: source.to_string() })
+            }
+            Some(error) => Err(Error::Device { backend, operation: operation(), reason: error.to_string() }),
         }
+    }
+
+    /// Whether the device is lost. wgpu tells that to a callback, which is the host's, and answers no call with it;
+    /// but a lost device does not even refuse a buffer that cannot be.
+    fn is_lost(&self) -> bool {
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let usage = wgpu::BufferUsages::STORAGE;
+        let impossible = wgpu::BufferDescriptor { label: None, size: !3, usage, mapped_at_creation: false };
+        drop(self.device.create_buffer(&impossible));
+        matches!(pin!(scope.pop()).poll(&mut Context::from_waker(Waker::noop())), Poll::Ready(None))
     }
 }
 
@@ -213,6 +228,9 @@ impl Backend for Wgpu {
         encoder: &mut wgpu::CommandEncoder,
         launches: &mut dyn Iterator<Item = Launch<'_, Self>>,
     ) -> Result<()> {
+        if self.is_lost() {
+            return Err(Error::DeviceLost { backend: "wgpu", operation: "recording".into() });
+        }
         let mut pass =
             encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("moewe"), timestamp_writes: None });
         for Launch { kernel, binding, workgroups: [x, y, z] } in launches {

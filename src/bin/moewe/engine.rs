@@ -7,8 +7,8 @@ use crate::inputs;
 use moewe::host::{Host, Outcome, Session};
 use moewe::kernels::{Operation, RowScale};
 use moewe::reference::Inputs;
-use moewe::schedule::{Contents, DECODE_TOKENS, Decision, Options, Schedule};
-use moewe::{Error, MoeSpec, MoeWeights, Plan, Result, RouterWeights};
+use moewe::schedule::{self, Contents, Decision, Options, Schedule};
+use moewe::{Error, MoeSpec, MoeWeights, Plan, Result, RouterWeights, Scope};
 
 /// What is asked of an engine.
 #[derive(Clone, Copy)]
@@ -25,6 +25,8 @@ pub trait Engine {
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>>;
     /// What times layers of synthetic weights.
     fn bench<'a>(&'a self) -> Result<Box<dyn Bench + 'a>>;
+    /// What a plan would run, without planning; `None` for an engine without steps.
+    fn schedule(&self, spec: &MoeSpec, max_tokens: usize) -> Result<Option<Schedule>>;
 }
 
 /// A layer that is ready.
@@ -62,6 +64,13 @@ pub struct Memory {
     pub io: u64,
 }
 
+impl Memory {
+    /// Of a schedule.
+    pub fn of(schedule: &Schedule) -> Self {
+        Self { weights: schedule.weight_bytes(), scratch: schedule.scratch_bytes(), io: io_bytes(schedule) }
+    }
+}
+
 /// Each step is timed so often; the median counts.
 const RUNS: usize = 5;
 
@@ -96,15 +105,19 @@ pub struct Device<B> {
     pub segment_bytes: Option<u64>,
 }
 
+impl<B> Device<B> {
+    fn options(&self) -> Options {
+        Options { segment_bytes: self.segment_bytes, ..Options::AUTO }
+    }
+}
+
 impl<B: Host + Clone> Engine for Device<B> {
+    fn schedule(&self, spec: &MoeSpec, max_tokens: usize) -> Result<Option<Schedule>> {
+        schedule::lower(spec, Scope::Layer, max_tokens, &self.backend.facts(), &self.options()).map(Some)
+    }
+
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>> {
-        let options = Options {
-            segment_bytes: self.segment_bytes,
-            decode_tokens: DECODE_TOKENS,
-            fuse_quantization: true,
-            diagnostics: false,
-        };
-        let backend = self.backend.clone();
+        let (options, backend) = (self.options(), self.backend.clone());
         let plan = match work {
             Work::Layer(weights) => Plan::new(backend, spec, weights, max_tokens, &options)?,
             Work::Routing(router) => Plan::routing(backend, spec, router, max_tokens, &options)?,
@@ -183,8 +196,7 @@ impl<B: Host> Runner for Planned<'_, B> {
     }
 
     fn memory(&self) -> Option<Memory> {
-        let schedule = self.session.plan().schedule();
-        Some(Memory { weights: schedule.weight_bytes(), scratch: schedule.scratch_bytes(), io: io_bytes(schedule) })
+        Some(Memory::of(self.session.plan().schedule()))
     }
 }
 

@@ -28,6 +28,7 @@ mod chart;
 mod check;
 mod engine;
 mod inputs;
+mod inspect;
 mod json;
 mod judge;
 mod metrics;
@@ -62,6 +63,13 @@ enum Command {
         #[command(flatten)]
         options: RunOptions,
     },
+    /// Shows what each layer of a checkpoint computes, its tensors, and what every backend makes of it.
+    ///
+    /// Looks at config.json and the shards that are here; a layer without tensors here is no problem.
+    /// Exit status: 0 every layer that is here can be computed, 1 a part of one is missing, misshapen or unreadable,
+    /// 2 usage, 3 one is beyond every backend. Unknown keys and absent backends change nothing.
+    #[command(after_help = "Example:\n  moewe inspect ~/models/DeepSeek-V3 --explain")]
+    Inspect(InspectOptions),
     /// Runs golden cases and prints one JSON object a case.
     ///
     /// Exit status: 0 all passed, 1 any failed, 2 usage or no case found, 3 none failed but some are unsupported.
@@ -129,6 +137,47 @@ struct RunOptions {
     /// Print one JSON object instead of text.
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Args)]
+struct InspectOptions {
+    /// A folder with config.json and *.safetensors or *.gguf.
+    #[arg(value_name = "CHECKPOINT_DIR")]
+    checkpoint: PathBuf,
+    /// Plan for calls of up to so many tokens.
+    #[arg(long, value_name = "T", default_value = "16", value_parser = tokens)]
+    tokens: usize,
+    #[command(flatten)]
+    device: InspectDevice,
+    /// Run-time quantisation of what quantised experts read, as for `run`.
+    #[arg(long, value_name = "SCHEME", default_value = "none")]
+    activations: String,
+    /// Say why each kernel was chosen.
+    #[arg(long)]
+    explain: bool,
+    /// Print one JSON object a layer instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which adapter is asked, and as what.
+#[derive(Args)]
+struct InspectDevice {
+    /// Part of the name or driver of the adapter to ask, whatever the case; without it the best.
+    #[arg(long, value_name = "S")]
+    adapter: Option<String>,
+    /// Ask as if the adapter had WebGPU's default limits.
+    #[arg(long)]
+    portable: bool,
+    /// Cut weights into buffers of at most N bytes.
+    #[arg(long, value_name = "N")]
+    segment_bytes: Option<u64>,
+}
+
+impl InspectDevice {
+    fn constraints(&self) -> Constraints {
+        Constraints { portable: self.portable, segment_bytes: self.segment_bytes }
+    }
 }
 
 #[derive(Args)]
@@ -219,6 +268,7 @@ fn main() -> ExitCode {
     let exit = match command {
         None => run::run(None, &run),
         Some(Command::Run { checkpoint, options }) => run::run(checkpoint.as_deref(), &options),
+        Some(Command::Inspect(options)) => inspect::inspect(&options),
         Some(Command::Verify(options)) => verify::verify(&options),
         Some(Command::Bench(options)) => bench::bench(&options),
     };

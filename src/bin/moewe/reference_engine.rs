@@ -2,7 +2,7 @@
 
 use moewe::host::Outcome;
 use moewe::reference::{self, Inputs, Routed};
-use moewe::schedule::Decision;
+use moewe::schedule::{Decision, Schedule};
 use moewe::spec::SharedExperts;
 use moewe::{MoeSpec, MoeWeights, Result, RouterWeights, Unsupported};
 use rayon::prelude::*;
@@ -15,6 +15,10 @@ use crate::inputs;
 pub struct Reference;
 
 impl Engine for Reference {
+    fn schedule(&self, spec: &MoeSpec, _max_tokens: usize) -> Result<Option<Schedule>> {
+        reference::supports(spec).map(|()| None)
+    }
+
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, _max_tokens: usize) -> Result<Box<dyn Runner + 'a>> {
         // A call without tokens checks what each call with some would.
         let nothing = Inputs { expert_hidden_states: Some(&[]), ..Inputs::of(&[]) };

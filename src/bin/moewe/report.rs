@@ -168,15 +168,8 @@ impl Report {
             "notes": layer.map_or(&[][..], |layer| &layer.notes),
             "spec": layer.map(spec),
             "damage": damage.as_ref().map(|damage| damage.iter().map(damage_json).collect::<Vec<_>>()),
-            "memory": memory.map(|Memory { weights, scratch, io }| {
-                json!({"weights_bytes": weights, "scratch_bytes": scratch, "io_bytes": io})
-            }),
-            "decisions": measured.as_ref().map_or(vec![], |measured| {
-                let one = |Decision { step, choice, because }: &Decision| {
-                    json!({"step": step, "choice": choice, "because": because})
-                };
-                measured.decisions.iter().map(one).collect()
-            }),
+            "memory": memory.map(memory_json),
+            "decisions": measured.as_ref().map_or(vec![], |measured| decisions_json(&measured.decisions)),
             "stages": timing.map_or(vec![], stages_json),
             "timing_method": timing.map(|timing| &timing.method),
             "tokens_per_s": timing.and_then(|timing| self.tokens_per_second(timing)),
@@ -236,6 +229,18 @@ impl Report {
     }
 }
 
+/// Bytes on a device.
+pub fn memory_json(Memory { weights, scratch, io }: Memory) -> Value {
+    json!({"weights_bytes": weights, "scratch_bytes": scratch, "io_bytes": io})
+}
+
+/// What was chosen, and why.
+pub fn decisions_json(decisions: &[Decision]) -> Vec<Value> {
+    let one =
+        |Decision { step, choice, because }: &Decision| json!({"step": step, "choice": choice, "because": because});
+    decisions.iter().map(one).collect()
+}
+
 fn damage_json(damage: &Damage) -> Value {
     let Damage { tensor, matrix, count, first } = damage;
     json!({"tensor": tensor, "matrix": matrix, "not_finite": count, "first": first})
@@ -262,18 +267,21 @@ fn errors_json(comparison: &Comparison) -> Value {
 
 /// Text under construction. Writing to a string does not fail.
 #[derive(Default)]
-struct Page(String);
+pub struct Page(pub String);
 
 impl Page {
-    fn line(&mut self, name: &str, value: &str) {
+    /// A named value.
+    pub fn line(&mut self, name: &str, value: &str) {
         let _ = writeln!(self.0, "{name:<12} {value}");
     }
 
-    fn title(&mut self, title: &str) {
+    /// A heading.
+    pub fn title(&mut self, title: &str) {
         let _ = writeln!(self.0, "\n{title}");
     }
 
-    fn entry(&mut self, name: &str, value: &str) {
+    /// A named value below a heading.
+    pub fn entry(&mut self, name: &str, value: &str) {
         let _ = writeln!(self.0, "  {name:<38} {value}");
     }
 
@@ -287,6 +295,11 @@ impl Page {
         if !unknown_keys.is_empty() {
             self.line("unknown keys", &unknown_keys.join(", "));
         }
+        self.spec(spec);
+    }
+
+    /// Each field of a spec.
+    pub fn spec(&mut self, spec: &[(String, String)]) {
         self.title("spec");
         for (path, value) in spec {
             self.entry(path, value);
@@ -303,7 +316,8 @@ impl Page {
         }
     }
 
-    fn memory(&mut self, memory: Memory) {
+    /// Bytes on a device.
+    pub fn memory(&mut self, memory: Memory) {
         let Memory { weights, scratch, io } = memory;
         self.title("memory needed");
         let parts = [("weights", weights), ("scratch", scratch), ("input and output", io)];

@@ -495,6 +495,8 @@ impl Lowering<'_> {
         let mut others = mlp.others.to_vec();
         others.retain(|(name, _)| *name != "row_slots");
         others.push(("row_slots", slots));
+        let because = "an adapter's matrices are small, and few rows share one";
+        self.decide(a, "the matrix-vector kernel in every call", because);
         let gemm = Gemm {
             name: a,
             part: Part::Experts,
@@ -538,10 +540,6 @@ impl Lowering<'_> {
         let choice = if fused { "activation and quantisation in one step" } else { "activation, then quantisation" };
         self.decide(name, choice, because);
         fused
-    }
-
-    fn decide(&mut self, step: &'static str, choice: &'static str, because: &'static str) {
-        self.schedule.decisions.push(Decision { step, choice, because });
     }
 
     /// What the first GEMM reads as codes: rows of tokens where they have one scale for all experts, rows of

@@ -414,6 +414,10 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
+    fn decide(&mut self, step: &'static str, choice: &'static str, because: &'static str) {
+        self.schedule.decisions.push(Decision { step, choice, because });
+    }
+
     /// A step whose bindings find their buffers by name.
     fn step(
         &self,
@@ -469,6 +473,17 @@ impl<'a> Lowering<'a> {
         let rows_per_token = self.spec.rows_per_token().max(self.spec.shared_mlps());
         let decode_tokens =
             self.options.decode_tokens.min(chunk).min(self.facts.max_workgroups as usize / rows_per_token);
+        let (choice, because) = match decode_tokens {
+            0 => ("tiles in every call", "options.decode_tokens is 0"),
+            tokens if tokens == chunk => {
+                ("the matrix-vector kernel in every call", "no call has more than options.decode_tokens tokens")
+            }
+            _ => (
+                "the matrix-vector kernel up to options.decode_tokens tokens, tiles above",
+                "in a small call most experts that are touched get one row: a tile would be empty",
+            ),
+        };
+        self.decide("grouped_gemm", choice, because);
         for (tokens, gemv) in [(decode_tokens, true), (chunk, false)] {
             if tokens == 0 || (!gemv && decode_tokens == chunk) {
                 continue;
