@@ -1,5 +1,7 @@
 //! Layers of synthetic weights on a backend: checked, then timed.
 
+use std::time::Instant;
+
 use moewe::conformance::synthetic;
 use moewe::host::{self, Host};
 use moewe::schedule::{DECODE_TOKENS, Options};
@@ -120,11 +122,14 @@ impl<B: Host + Clone> Planned<'_, B> {
         let (host, spec) = (self.on.backend, self.spec);
         let (width, top_k) = (spec.hidden_size, spec.top_k);
         let (mut bounds, mut distinct, mut rows) = (vec![], vec![], vec![]);
+        let mut estimate = f64::INFINITY;
         for input in 0..inputs {
             let (bound, output) = self.bind(input, tokens)?;
+            let start = Instant::now();
             let mut encoder = host.encoder();
             bound.record(&mut encoder, &Tokens::Host(tokens))?;
             host.submit(encoder)?;
+            estimate = start.elapsed().as_secs_f64().min(estimate);
             let ids = self.scratch.buffer("topk_ids").map_or_else(|| Ok(vec![]), |buffer| host.read(buffer))?;
             let ids: Vec<i32> = ids.into_iter().take(tokens * top_k).map(|id| id as i32).collect();
             let mut chosen = ids.clone();
@@ -142,7 +147,7 @@ impl<B: Host + Clone> Planned<'_, B> {
             }
             bounds.push(bound);
         }
-        let seconds = if accept(&rows) { self.time(&bounds, tokens)? } else { vec![] };
+        let seconds = if accept(&rows) { self.time(&bounds, tokens, estimate)? } else { vec![] };
         Ok(Measured { distinct, seconds, dispatches: self.dispatches(&bounds, tokens) })
     }
 
@@ -162,8 +167,9 @@ impl<B: Host + Clone> Planned<'_, B> {
         Ok((self.plan.bind(&io, &self.scratch)?, output))
     }
 
-    /// Rotates through the inputs, so that weights come from memory and not from a cache.
-    fn time(&self, bounds: &[Bound<B>], tokens: usize) -> Result<Vec<f64>> {
+    /// Rotates through the inputs, so that weights come from memory and not from a cache. The first runs took
+    /// `estimate` seconds each by the host's clock.
+    fn time(&self, bounds: &[Bound<B>], tokens: usize, estimate: f64) -> Result<Vec<f64>> {
         /// Seconds that the runs may take, and those before, in which a clock rises.
         const BUDGET: f64 = 1.0;
         const WARM_UP: f64 = 0.3;
@@ -175,7 +181,6 @@ impl<B: Host + Clone> Planned<'_, B> {
             };
             self.on.backend.time(runs as usize, one).map(|(seconds, _)| seconds)
         };
-        let estimate = record(1.0)?.into_iter().sum::<f64>().max(1e-6);
         if estimate < WARM_UP {
             record((WARM_UP / estimate).min(RUNS[1]))?;
         }
