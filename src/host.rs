@@ -137,6 +137,17 @@ struct Shape {
 /// A pattern that is NaN as f32, bf16 and f16, and no id: whoever reads it by mistake shows it.
 const POISON: u32 = 0x7fff_7fff;
 
+/// Fills a buffer with NaN.
+pub(crate) fn poison<B: Host>(host: &B, buffer: &B::Buffer) -> Result<()> {
+    let bytes = host.buffer_bytes(buffer);
+    let piece = vec![POISON; bytes.min(1 << 20) as usize / 4];
+    for offset in (0..bytes).step_by(1 << 20) {
+        let words = piece.len().min((bytes - offset) as usize / 4);
+        host.write(buffer, offset, &piece[..words])?;
+    }
+    Ok(())
+}
+
 impl<B: Host> Session<B> {
     /// Allocates and binds. Scratch and output are poisoned with NaN.
     ///
@@ -158,11 +169,7 @@ impl<B: Host> Session<B> {
         };
         let poisoned = |name: &str, bytes: u64| {
             let buffer = host.create_buffer(name, bytes, false)?;
-            let piece = vec![POISON; 1 << 18];
-            for offset in (0..bytes).step_by(4 * piece.len()) {
-                let words = piece.len().min((bytes - offset) as usize / 4);
-                host.write(&buffer, offset, &piece[..words])?;
-            }
+            poison(host, &buffer)?;
             Ok::<_, Error>(buffer)
         };
         let of = |contents| {

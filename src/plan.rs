@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::kernels::Operation;
-use crate::kernels::pack::GroupSource;
+use crate::kernels::pack::{GroupSource, PackedMatrix};
 use crate::schedule::{self, Buffer, Contents, DeviceFacts, Gemms, Options, Part, Schedule, Step, Table};
 use crate::spec::MoeSpec;
 use crate::support::Scope;
@@ -480,11 +480,18 @@ pub(crate) fn fill<'a>(
     move |schedule, buffer, write| match buffer.contents {
         Contents::Segment { matrix, segment } => {
             let packed = &schedule.matrices[matrix];
-            packed.pack(segment, &|group| source(packed.name, group, router, weights), write)
+            packed.pack(segment, &|group| source(packed, group, router, weights), write)
         }
         Contents::Spans { matrix, segment } => write(0, &schedule.matrices[matrix].span_table(segment)),
-        Contents::Table(Table::ExpertSlots) => write(0, bytemuck::cast_slice(&schedule.expert_slots)),
-        Contents::Table(which) => write(0, &table(which, buffer, router, weights)?),
+        Contents::Table(which) => match table(which, schedule, router, weights) {
+            Some(words) if 4 * words.len() as u64 == buffer.bytes => write(0, &words),
+            found => Err(Error::invalid(
+                buffer.name.clone(),
+                found.map_or("none".into(), |words| format!("{} values", words.len())),
+                format!("{} bytes", buffer.bytes),
+                "make weights and spec agree",
+            )),
+        },
         Contents::HiddenStates
         | Contents::TokenIds
         | Contents::Output
@@ -503,19 +510,19 @@ pub(crate) fn fill<'a>(
     }
 }
 
-/// The words of a table.
+/// The words of a table, if the weights have it.
 fn table(
     which: Table,
-    buffer: &Buffer,
+    schedule: &Schedule,
     router: &RouterWeights<'_>,
     weights: Option<&MoeWeights<'_>>,
-) -> Result<Vec<u32>> {
+) -> Option<Vec<u32>> {
     let mlp = router.mlp.as_ref();
     let norm = weights.and_then(|weights| weights.latent.as_ref()).map(|latent| &latent.norm);
     let values: Option<&[f32]> = match which {
         // The schedule has it.
-        Table::ExpertSlots => None,
-        Table::Tid2eid => return Ok(router.tid2eid.iter().flatten().map(|&id| id as u32).collect()),
+        Table::ExpertSlots => return Some(bytemuck::cast_slice(&schedule.expert_slots).to_vec()),
+        Table::Tid2eid => return router.tid2eid.as_deref().map(|ids| bytemuck::cast_slice(ids).to_vec()),
         Table::SelectionBias => router.selection_bias.as_deref(),
         Table::PerExpertScale => router.per_expert_scale.as_deref(),
         Table::GlobalScale => router.global_scale.as_ref().map(std::slice::from_ref),
@@ -528,20 +535,12 @@ fn table(
             (Some(LatentNormWeights::Reduced(weight)), Table::LatentReducedNorm) => Some(weight),
             (_, _) => None,
         },
-        Table::ExpertInputScales(gemm) => return Ok(input_scales(weights.map(|weights| &weights.experts), gemm)),
-        Table::SharedInputScales(gemm) => return Ok(input_scales(weights.map(|weights| &weights.shared), gemm)),
+        Table::ExpertInputScales(gemm) => return Some(input_scales(weights.map(|weights| &weights.experts), gemm)),
+        Table::SharedInputScales(gemm) => return Some(input_scales(weights.map(|weights| &weights.shared), gemm)),
         Table::OutputBias => weights.and_then(|weights| weights.output_bias.as_deref()),
         Table::OutputNorm => weights.and_then(|weights| weights.output_norm.as_deref()),
     };
-    match values {
-        Some(values) if 4 * values.len() as u64 == buffer.bytes => Ok(bytemuck::cast_slice(values).to_vec()),
-        found => Err(Error::invalid(
-            buffer.name.clone(),
-            found.map_or("none".into(), |values| format!("{} values", values.len())),
-            format!("{} bytes", buffer.bytes),
-            "make weights and spec agree",
-        )),
-    }
+    values.map(|values| bytemuck::cast_slice(values).to_vec())
 }
 
 /// The static scales of what enters a GEMM; `MoeWeights::check` has seen to it that each MLP has them.
@@ -562,7 +561,7 @@ fn lora<'a>(weights: Option<&'a MoeWeights<'a>>, group: usize) -> Option<&'a Lor
 
 /// Where the rows of a packed matrix come from.
 fn source<'a>(
-    name: &'static str,
+    packed: &PackedMatrix,
     group: usize,
     router: &'a RouterWeights<'a>,
     weights: Option<&'a MoeWeights<'a>>,
@@ -579,7 +578,7 @@ fn source<'a>(
     let plain = |matrix: &'a Matrix<'a>| GroupSource { matrices: vec![matrix], biases: vec![] };
     let mlp = router.mlp.as_ref();
     let latent = weights.and_then(|weights| weights.latent.as_ref());
-    let found = match name {
+    let found = match packed.name {
         "router_gemm" => router.weight.as_ref().map(|weight| GroupSource {
             matrices: vec![weight],
             biases: router.bias.iter().map(Vec::as_slice).collect(),
@@ -602,9 +601,11 @@ fn source<'a>(
         "latent.up" => latent.map(|latent| plain(&latent.up)),
         _ => None,
     };
-    found.ok_or_else(|| {
-        Error::invalid(name, format!("no weights for group {group}"), "some", "make weights and spec agree")
-    })
+    let found = found.ok_or_else(|| {
+        Error::invalid(packed.name, format!("no weights for group {group}"), "some", "make weights and spec agree")
+    })?;
+    packed.expect(&found)?;
+    Ok(found)
 }
 
 /// A plan with its buffers.

@@ -1,4 +1,4 @@
-// The slot of the row's expert. Zero experts follow the slots where this device adds them.
+// The slot of the row's expert. Zero experts follow the slots; `combine` knows whether this device adds them.
 fn assigned(row: u32) -> i32 {
     let id = topk_ids[row];
     if id == -1 {
@@ -8,7 +8,7 @@ fn assigned(row: u32) -> i32 {
         return -3;
     }
     if id >= i32(NUM_EXPERTS) {
-        return select(-1, i32(NUM_SLOTS) + id - i32(NUM_EXPERTS), COMMON_TERMS);
+        return i32(NUM_SLOTS) + id - i32(NUM_EXPERTS);
     }
     return slot_of_expert(u32(id), params.first_token + row / ROWS_PER_TOKEN);
 }

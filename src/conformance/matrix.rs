@@ -3,8 +3,20 @@
 use fastrand::Rng;
 
 use crate::error::{Error, Result};
-use crate::spec::{Orientation, ScaleFormat, WeightFormat};
+use crate::spec::{GateUpLayout, Orientation, ScaleFormat, WeightFormat};
 use crate::weights::{Dtype, Matrix, Rows, Stored, Tensor};
+
+/// A stream of random numbers for each tensor, by its name: a tensor more or less changes no other one.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Streams(pub u64);
+
+impl Streams {
+    pub(super) fn of(self, name: &str) -> Rng {
+        // FNV-1a.
+        let hash = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        Rng::with_seed(name.bytes().fold(self.0 ^ 0xcbf2_9ce4_8422_2325, hash))
+    }
+}
 
 /// A random number from N(0, 1).
 pub(super) fn normal(rng: &mut Rng) -> f32 {
@@ -239,29 +251,80 @@ impl OwnedMatrix {
     /// # Errors
     /// Tensors that are not what format and shape imply.
     pub fn view(&self) -> Result<Matrix<'_>> {
+        self.read(Orientation::OutIn, Rows::All, self.shape)
+    }
+
+    /// The matrix that a reader finds who takes the tensors to be stored so, whether they are or not.
+    ///
+    /// # Errors
+    /// Tensors that are not what this implies.
+    pub(super) fn read(&self, orientation: Orientation, rows: Rows, shape: [usize; 2]) -> Result<Matrix<'_>> {
         let codes = &self.codes.view();
         let tensor = OwnedTensor::view;
+        let matrix = |stored| Matrix::view(stored, self.format, orientation, rows, None, shape);
         match &self.beside {
-            Beside::Nothing => self.matrix(Stored::Plain(codes)),
-            Beside::Scales(scales) => self.matrix(Stored::Scaled { codes, scales: &tensor(scales) }),
+            Beside::Nothing => matrix(Stored::Plain(codes)),
+            Beside::Scales(scales) => matrix(Stored::Scaled { codes, scales: &tensor(scales) }),
             Beside::Nvfp4 { scales, global, divides } => {
                 let (scales, global) = (&tensor(scales), &tensor(global));
-                self.matrix(Stored::Nvfp4 { codes, scales, global, divides: *divides })
+                matrix(Stored::Nvfp4 { codes, scales, global, divides: *divides })
             }
             Beside::PackQuantized { scales, zeros, g_idx } => {
                 let (zeros, g_idx) = (zeros.as_ref().map(tensor), g_idx.as_ref().map(tensor));
                 let (zeros, g_idx) = (zeros.as_ref(), g_idx.as_ref());
-                self.matrix(Stored::PackQuantized { codes, scales: &tensor(scales), zeros, g_idx })
+                matrix(Stored::PackQuantized { codes, scales: &tensor(scales), zeros, g_idx })
             }
             Beside::Gptq { scales, zeros, less_one, g_idx } => {
                 let g_idx = g_idx.as_ref().map(tensor);
                 let (scales, zeros) = (&tensor(scales), &tensor(zeros));
-                self.matrix(Stored::Gptq { codes, scales, zeros, zeros_less_one: *less_one, g_idx: g_idx.as_ref() })
+                matrix(Stored::Gptq { codes, scales, zeros, zeros_less_one: *less_one, g_idx: g_idx.as_ref() })
             }
             Beside::Awq { scales, zeros } => {
-                self.matrix(Stored::Awq { codes, scales: &tensor(scales), zeros: &tensor(zeros) })
+                matrix(Stored::Awq { codes, scales: &tensor(scales), zeros: &tensor(zeros) })
             }
-            Beside::Gguf => self.matrix(Stored::Gguf(codes)),
+            Beside::Gguf => matrix(Stored::Gguf(codes)),
+        }
+    }
+
+    /// Gate and up in one tensor.
+    ///
+    /// # Errors
+    /// Matrices with scales, which are stored apart.
+    pub(super) fn fused(gate: &Self, up: &Self, layout: GateUpLayout) -> Result<Self> {
+        let row_bytes = gate.shape[1] * gate.plain()?;
+        let (gates, ups) = (gate.codes.bytes.chunks(row_bytes), up.codes.bytes.chunks(row_bytes));
+        let bytes: Vec<u8> = match layout {
+            GateUpLayout::Separate | GateUpLayout::Halves => gates.chain(ups).flatten().copied().collect(),
+            GateUpLayout::Interleaved => gates.zip(ups).flat_map(|(gate, up)| [gate, up]).flatten().copied().collect(),
+        };
+        let shape = [2 * gate.shape[0], gate.shape[1]];
+        let codes = OwnedTensor { dtype: gate.codes.dtype, shape: shape.to_vec(), bytes };
+        Ok(Self { codes, beside: Beside::Nothing, format: gate.format, shape })
+    }
+
+    /// The same matrix, stored in the other orientation.
+    ///
+    /// # Errors
+    /// A matrix with scales, which is stored one way only.
+    pub(super) fn transposed(&self) -> Result<Self> {
+        let size = self.plain()?;
+        let [rows, cols] = self.shape;
+        let element = |(col, row): (usize, usize)| &self.codes.bytes[(row * cols + col) * size..][..size];
+        let elements = (0..cols).flat_map(|col| (0..rows).map(move |row| (col, row)));
+        let bytes = elements.flat_map(element).copied().collect();
+        let codes = OwnedTensor { dtype: self.codes.dtype, shape: vec![cols, rows], bytes };
+        Ok(Self { codes, beside: Beside::Nothing, ..self.clone() })
+    }
+
+    /// Bytes of an element of a matrix that is one tensor of numbers.
+    fn plain(&self) -> Result<usize> {
+        match (&self.beside, self.codes.dtype) {
+            (Beside::Nothing, Dtype::F32) => Ok(4),
+            (Beside::Nothing, Dtype::F16 | Dtype::BF16) => Ok(2),
+            (_, dtype) => {
+                let remedy = "give the layer another format or the usual layout";
+                Err(Error::invalid("format", format!("{:?} in {dtype:?}", self.format), "floats", remedy))
+            }
         }
     }
 
@@ -272,9 +335,5 @@ impl OwnedMatrix {
             _ => None,
         };
         first.map(|bytes| *bytes = f32::NAN.to_le_bytes()).is_some()
-    }
-
-    fn matrix<'a>(&'a self, stored: Stored<'_, 'a>) -> Result<Matrix<'a>> {
-        Matrix::view(stored, self.format, Orientation::OutIn, Rows::All, None, self.shape)
     }
 }

@@ -1,7 +1,143 @@
-//! Proof that a backend drops no field of the spec: layers to try it with, and what they show.
+//! Proof that a backend drops no field of the spec.
+//!
+//! For each field of the [`vocabulary`](vocabulary::vocabulary) there is a witness: two specs that differ in it, and
+//! rows for which that shows. The backend has to match the reference on the witness, or refuse it by the field's
+//! name. Then the field is dropped on purpose, in every way that a lowering or a kernel could drop it, and each
+//! time the same comparison has to fail. A comparison that no dropped field fails would be no proof.
+//!
+//! Two mutants of each witness:
+//!
+//! - `lower`: the schedule is lowered from the spec without the field; weights, rows, buffers and judge belong to
+//!   the spec with it.
+//! - `carrier`: the schedule is the right one, but for one thing that the field acts through: a step, a table of
+//!   the plan's, or the way a matrix is read. Each of them in turn, for few tokens and for many.
 //!
 //! For the tool, the tests and the benches; no other part of the library uses it.
 
 mod matrix;
+mod mutants;
 pub mod sample;
 pub mod synthetic;
+mod trial;
+pub mod vocabulary;
+pub mod witnesses;
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::host::Host;
+
+/// A way to drop a field.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Mutant {
+    /// Lowered as if the field were not there.
+    Lower,
+    /// One carrier of the field has lost it.
+    Carrier,
+}
+
+impl Mutant {
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Lower => "lower",
+            Self::Carrier => "carrier",
+        }
+    }
+}
+
+/// What became of a mutant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// The comparison failed, as it should.
+    Killed,
+    /// Nothing noticed that the field is dropped.
+    Survived,
+    /// The backend refuses the field by its name.
+    Refused,
+    /// Nobody has written one for the field.
+    NoWitness,
+}
+
+impl Status {
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Killed => "killed",
+            Self::Survived => "survived",
+            Self::Refused => "refused",
+            Self::NoWitness => "no_witness",
+        }
+    }
+
+    /// Whether the field is proved to act, or to be refused.
+    pub fn holds(self) -> bool {
+        match self {
+            Self::Killed | Self::Refused => true,
+            Self::Survived | Self::NoWitness => false,
+        }
+    }
+}
+
+/// A mutant of a field on a backend.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// Path of the field.
+    pub field: String,
+    /// How it was dropped.
+    pub mutant: Mutant,
+    /// Where.
+    pub backend: &'static str,
+    /// What became of that.
+    pub status: Status,
+    /// What changes in the witness; empty without one.
+    pub witness: String,
+    /// What noticed it, or did not.
+    pub reason: String,
+    /// Things that the field acts through, with [`Mutant::Carrier`].
+    pub carriers: usize,
+}
+
+/// Both mutants of one witness on a backend.
+pub fn try_witness<B: Host + Clone>(backend: &B, witness: &witnesses::Witness) -> [Outcome; 2] {
+    trial::try_witness(backend, witness)
+}
+
+/// Tries every field on a backend, in the order of the vocabulary, each mutant in turn. `progress` hears how many
+/// fields of how many are done.
+pub fn run<B: Host + Clone + Sync>(backend: &B, progress: &(dyn Fn(usize, usize) + Sync)) -> Vec<Outcome> {
+    let (fields, witnesses) = (vocabulary::vocabulary().fields, witnesses::witnesses());
+    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let results: Vec<Mutex<Vec<Outcome>>> = fields.iter().map(|_| Mutex::default()).collect();
+    let work = || {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let (Some(field), Some(result)) = (fields.get(at), results.get(at)) else { return };
+            let witness = witnesses.iter().find(|witness| witness.field == *field);
+            let outcomes = match witness {
+                Some(witness) => trial::try_witness(backend, witness),
+                None => [Mutant::Lower, Mutant::Carrier].map(|mutant| Outcome {
+                    field: field.clone(),
+                    mutant,
+                    backend: backend.facts().backend,
+                    status: Status::NoWitness,
+                    witness: String::new(),
+                    reason: "no witness is written for it".into(),
+                    carriers: 0,
+                }),
+            };
+            *result.lock().unwrap_or_else(PoisonError::into_inner) = outcomes.into();
+            progress(done.fetch_add(1, Ordering::Relaxed) + 1, fields.len());
+        }
+    };
+    // Threads of our own: the twins and the reference use rayon's, which would take up whole witnesses in between.
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(work);
+        }
+        work();
+    });
+    results.into_iter().flat_map(|result| result.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
+}

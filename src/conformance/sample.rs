@@ -4,8 +4,8 @@ use fastrand::Rng;
 
 pub use super::matrix::{OwnedMatrix, OwnedTensor, fits};
 
-use super::matrix::normal;
-use crate::error::Result;
+use super::matrix::{Streams, normal};
+use crate::error::{Error, Result};
 use crate::numerics::round_to;
 use crate::reference::{self, Inputs};
 use crate::spec::{
@@ -16,7 +16,7 @@ use crate::spec::{
 };
 use crate::weights::{
     InputScales, LatentNormWeights, LatentWeights, LoraWeights, Matrix, MlpWeights, MoeWeights, RouterMlpWeights,
-    RouterWeights,
+    RouterWeights, Rows,
 };
 
 /// The weights of one MLP.
@@ -31,52 +31,61 @@ pub struct OwnedMlp {
     input_scales: Option<InputScales>,
 }
 
-fn vector(rng: &mut Rng, wanted: bool, len: usize) -> Option<Vec<f32>> {
-    wanted.then(|| normals(rng, len))
+fn normals(mut rng: Rng, len: usize) -> Vec<f32> {
+    (0..len).map(|_| normal(&mut rng)).collect()
 }
 
-fn normals(rng: &mut Rng, len: usize) -> Vec<f32> {
-    (0..len).map(|_| normal(rng)).collect()
-}
-
-fn near_one(rng: &mut Rng, len: usize) -> Vec<f32> {
-    (0..len).map(|_| 1.0 + 0.3 * normal(rng)).collect()
+fn near_one(mut rng: Rng, len: usize) -> Vec<f32> {
+    (0..len).map(|_| 1.0 + 0.3 * normal(&mut rng)).collect()
 }
 
 fn view(matrix: Option<&OwnedMatrix>) -> Result<Option<Matrix<'_>>> {
     matrix.map(OwnedMatrix::view).transpose()
 }
 
-fn views(mlps: &[OwnedMlp]) -> Result<Vec<MlpWeights<'_>>> {
-    mlps.iter().map(OwnedMlp::view).collect()
-}
-
 impl OwnedMlp {
-    fn random(rng: &mut Rng, mlp: &ExpertMlp, hidden_size: usize) -> Result<Self> {
+    fn random(streams: Streams, name: &str, mlp: &ExpertMlp, width: usize) -> Result<Self> {
         let ExpertMlp {
             intermediate_size,
             activation,
-            gate_up_layout: _,
-            orientation: _,
+            gate_up_layout,
+            orientation,
             gate_up_bias,
             down_bias,
             format,
             activation_quant,
         } = *mlp;
         let (inner, gated) = (intermediate_size, activation.gated());
-        let mut matrix = |shape| OwnedMatrix::random(rng, format, shape);
-        let gate = gated.then(|| matrix([inner, hidden_size])).transpose()?;
-        let (up, down) = (matrix([inner, hidden_size])?, matrix([hidden_size, inner])?);
+        let stream = |part: &str| streams.of(&format!("{name}.{part}"));
+        let matrix = |part: &str, shape| OwnedMatrix::random(&mut stream(part), format, shape);
+        let bias = |part: &str, wanted: bool, len| wanted.then(|| normals(stream(part), len));
+        let mut gate = gated.then(|| matrix("gate", [inner, width])).transpose()?;
+        let (mut up, mut down) = (matrix("up", [inner, width])?, matrix("down", [width, inner])?);
+        match (gate_up_layout, &gate) {
+            (GateUpLayout::Separate, _) | (GateUpLayout::Halves | GateUpLayout::Interleaved, None) => {}
+            (GateUpLayout::Halves | GateUpLayout::Interleaved, Some(first)) => {
+                up = OwnedMatrix::fused(first, &up, gate_up_layout)?;
+                gate = None;
+            }
+        }
+        match orientation {
+            Orientation::OutIn => {}
+            Orientation::InOut => {
+                (up, down) = (up.transposed()?, down.transposed()?);
+                gate = gate.map(|gate| gate.transposed()).transpose()?;
+            }
+        }
         Ok(Self {
             gate,
             up,
             down,
-            gate_bias: vector(rng, gate_up_bias && gated, inner),
-            up_bias: vector(rng, gate_up_bias, inner),
-            down_bias: vector(rng, down_bias, hidden_size),
+            gate_bias: bias("gate_bias", gate_up_bias && gated, inner),
+            up_bias: bias("up_bias", gate_up_bias, inner),
+            down_bias: bias("down_bias", down_bias, width),
             input_scales: match activation_quant {
                 // Small ones saturate some codes.
                 ActivationQuant::Static { code: _ } => {
+                    let mut rng = stream("input_scales");
                     Some(InputScales { gate_up: 0.005 + 0.01 * rng.f32(), down: 0.005 + 0.01 * rng.f32() })
                 }
                 ActivationQuant::None | ActivationQuant::Dynamic { code: _, span: _, rule: _, scale: _ } => None,
@@ -84,12 +93,21 @@ impl OwnedMlp {
         })
     }
 
-    fn view(&self) -> Result<MlpWeights<'_>> {
+    /// What a reader finds who takes gate, up and down to be stored as these specs say.
+    fn view(&self, [gate_spec, up_spec, down_spec]: [&ExpertMlp; 3], width: usize) -> Result<MlpWeights<'_>> {
         let Self { gate, up, down, gate_bias, up_bias, down_bias, input_scales } = self;
+        let inner = |mlp: &ExpertMlp| [mlp.intermediate_size, width];
+        let gate = match gate_spec.activation.gated() {
+            true => {
+                let rows = Rows::Gate(gate_spec.gate_up_layout);
+                Some(gate.as_ref().unwrap_or(up).read(gate_spec.orientation, rows, inner(gate_spec))?)
+            }
+            false => None,
+        };
         Ok(MlpWeights {
-            gate: view(gate.as_ref())?,
-            up: up.view()?,
-            down: down.view()?,
+            gate,
+            up: up.read(up_spec.orientation, Rows::Up(up_spec.gate_up_layout), inner(up_spec))?,
+            down: down.read(down_spec.orientation, Rows::All, [width, down_spec.intermediate_size])?,
             gate_bias: gate_bias.clone(),
             up_bias: up_bias.clone(),
             down_bias: down_bias.clone(),
@@ -109,15 +127,15 @@ struct OwnedLora {
 }
 
 impl OwnedLora {
-    fn random(rng: &mut Rng, lora: &Lora, gated: bool, [width, inner]: [usize; 2]) -> Result<Self> {
+    fn random(streams: Streams, name: &str, lora: &Lora, gated: bool, [width, inner]: [usize; 2]) -> Result<Self> {
         let Lora { num_adapters: _, rank, format, delta: _ } = *lora;
-        let mut matrix = |shape| OwnedMatrix::random(rng, format, shape);
+        let matrix = |part: &str, shape| OwnedMatrix::random(&mut streams.of(&format!("{name}.{part}")), format, shape);
         Ok(Self {
-            gate_up_a: matrix([rank, width])?,
-            gate_b: gated.then(|| matrix([inner, rank])).transpose()?,
-            up_b: matrix([inner, rank])?,
-            down_a: matrix([rank, inner])?,
-            down_b: matrix([width, rank])?,
+            gate_up_a: matrix("gate_up_a", [rank, width])?,
+            gate_b: gated.then(|| matrix("gate_b", [inner, rank])).transpose()?,
+            up_b: matrix("up_b", [inner, rank])?,
+            down_a: matrix("down_a", [rank, inner])?,
+            down_b: matrix("down_b", [width, rank])?,
         })
     }
 
@@ -234,6 +252,10 @@ impl LayerInputs {
     }
 }
 
+/// The matrices that layouts and orientations are about.
+pub(super) const READ: [&str; 6] =
+    ["experts.gate", "experts.up", "experts.down", "shared.gate", "shared.up", "shared.down"];
+
 /// Rows of the table of hash routing.
 fn vocab_size(method: &RoutingMethod) -> Option<usize> {
     match method {
@@ -246,58 +268,65 @@ fn vocab_size(method: &RoutingMethod) -> Option<usize> {
 }
 
 impl RandomLayer {
-    /// Weights of this seed.
+    /// Weights of this seed. A tensor of the same name and shape is the same in the layer of another spec.
     ///
     /// # Errors
-    /// A format that a row of the layer cannot have.
+    /// A format that a row of the layer cannot have, or a layout that a format has not.
     pub fn new(spec: MoeSpec, seed: u64) -> Result<Self> {
-        let rng = &mut Rng::with_seed(seed);
+        let streams = Streams(seed);
         let (hidden_size, outputs, selectable) = (spec.hidden_size, spec.router_outputs(), spec.selectable());
-        let tid2eid = vocab_size(&spec.routing.method)
-            .map(|rows| (0..rows * spec.top_k).map(|_| rng.i32(0..selectable as i32)).collect());
+        let matrix = |name: &str, format, shape| OwnedMatrix::random(&mut streams.of(name), format, shape);
+        let vector = |name: &str, wanted: bool, len| wanted.then(|| normals(streams.of(name), len));
+        let scales = |name: &str, len| near_one(streams.of(name), len);
+        let tid2eid = vocab_size(&spec.routing.method).map(|rows| {
+            let mut rng = streams.of("tid2eid");
+            (0..rows * spec.top_k).map(|_| rng.i32(0..selectable as i32)).collect()
+        });
         let (mut router, mut router_mlp, mut router_bias, mut input_scale) = (None, None, None, None);
         match spec.router {
             Router::Linear { input, format, bias, transform: _ } => {
-                router = Some(OwnedMatrix::random(rng, format, [outputs, hidden_size])?);
-                router_bias = vector(rng, bias, outputs);
+                router = Some(matrix("router", format, [outputs, hidden_size])?);
+                router_bias = vector("router.bias", bias, outputs);
                 match input {
                     RouterInput::Hidden => {}
                     RouterInput::RmsNormScaled { eps: _ } => {
                         // The router divides by sqrt(H): keep its logits as far apart as without.
                         let root = (hidden_size as f32).sqrt();
-                        input_scale = Some(near_one(rng, hidden_size).iter().map(|scale| scale * root).collect());
+                        let scales = scales("router.input_scale", hidden_size);
+                        input_scale = Some(scales.iter().map(|scale| scale * root).collect());
                     }
                 }
             }
             Router::Mlp { state_size, rms_norm_eps: _, previous_state, format } => {
-                let mut matrix = |shape| OwnedMatrix::random(rng, format, shape);
-                let matrices = [
-                    matrix([state_size, hidden_size])?,
-                    matrix([state_size, state_size])?,
-                    matrix([state_size, state_size])?,
-                    matrix([outputs, state_size])?,
-                ];
-                let biases = [0, 1, 2].map(|_| normals(rng, state_size));
-                let states_scale = previous_state.then(|| near_one(rng, state_size));
-                router_mlp = Some(OwnedRouterMlp { matrices, biases, states_scale, norm: near_one(rng, state_size) });
+                let bias = |name: &str| normals(streams.of(name), state_size);
+                router_mlp = Some(OwnedRouterMlp {
+                    matrices: [
+                        matrix("router.down", format, [state_size, hidden_size])?,
+                        matrix("router.fc1", format, [state_size, state_size])?,
+                        matrix("router.fc2", format, [state_size, state_size])?,
+                        matrix("router.out", format, [outputs, state_size])?,
+                    ],
+                    biases: [bias("router.down_bias"), bias("router.fc1_bias"), bias("router.fc2_bias")],
+                    states_scale: previous_state.then(|| scales("router.states_scale", state_size)),
+                    norm: scales("router.norm", state_size),
+                });
             }
             Router::Given { transform: _ } => {}
         }
         let width = spec.expert_width();
         let (mut latent, mut latent_norm) = (None, LatentNormWeights::None);
         if let Some(Latent { size, format, norm }) = &spec.latent {
-            let mut matrix = |shape| OwnedMatrix::random(rng, *format, shape);
-            latent = Some([matrix([*size, hidden_size])?, matrix([hidden_size, *size])?]);
+            let down = matrix("latent.down", *format, [*size, hidden_size])?;
+            latent = Some([down, matrix("latent.up", *format, [hidden_size, *size])?]);
             latent_norm = match norm {
                 LatentNorm::None => LatentNormWeights::None,
-                LatentNorm::Reduced { eps: _ } => LatentNormWeights::Reduced(near_one(rng, width)),
-                LatentNorm::PreAndPost { pre_eps: _, post_eps: _ } => {
-                    LatentNormWeights::PreAndPost { pre: near_one(rng, width), post: near_one(rng, width) }
-                }
+                LatentNorm::Reduced { eps: _ } => LatentNormWeights::Reduced(scales("latent.norm", width)),
+                LatentNorm::PreAndPost { pre_eps: _, post_eps: _ } => LatentNormWeights::PreAndPost {
+                    pre: scales("latent.pre_norm", width),
+                    post: scales("latent.post_norm", width),
+                },
             };
         }
-        let selection_bias = vector(rng, spec.has_selection_bias(), selectable);
-        let per_expert_scale = spec.routing.per_expert_scale.then(|| near_one(rng, spec.num_experts));
         let global_scale = match spec.routing.method {
             RoutingMethod::JointNorm { num_shared: _, global_scale } => global_scale.then_some(1.7),
             RoutingMethod::TopK { score: _, key: _, groups: _ }
@@ -305,25 +334,24 @@ impl RandomLayer {
             | RoutingMethod::Hash { score: _, vocab_size: _ }
             | RoutingMethod::Sparsemixer { router_jitter_noise: _ } => None,
         };
-        let mut mlps = |mlp: &ExpertMlp, width: usize, count: usize| -> Result<Vec<OwnedMlp>> {
-            (0..count).map(|_| OwnedMlp::random(rng, mlp, width)).collect()
+        let mlps = |name: &str, mlp: &ExpertMlp, width, count| -> Result<Vec<OwnedMlp>> {
+            (0..count).map(|at: usize| OwnedMlp::random(streams, &format!("{name}[{at}]"), mlp, width)).collect()
         };
-        let experts = mlps(&spec.experts, width, spec.num_experts)?;
         let (mut shared, mut shared_gate) = (vec![], None);
         if let Some(SharedExperts { mlp, gate, combination: _ }) = &spec.shared {
-            shared = mlps(mlp, hidden_size, spec.shared_mlps())?;
+            shared = mlps("shared", mlp, hidden_size, spec.shared_mlps())?;
             shared_gate = match gate {
-                SharedGate::Sigmoid { format } => Some(OwnedMatrix::random(rng, *format, [1, hidden_size])?),
+                SharedGate::Sigmoid { format } => Some(matrix("shared.gate", *format, [1, hidden_size])?),
                 SharedGate::None | SharedGate::Joint => None,
             };
         }
-        let output_bias = vector(rng, spec.output_bias, hidden_size);
-        let output_norm = spec.output_norm.map(|_| near_one(rng, hidden_size));
         let mut lora = vec![];
         if let Some(adapters) = &spec.lora {
             let (gated, shape) = (spec.experts.activation.gated(), [width, spec.experts.intermediate_size]);
-            for _ in 0..adapters.num_adapters {
-                let one = |_| OwnedLora::random(rng, adapters, gated, shape);
+            for adapter in 0..adapters.num_adapters {
+                let one = |expert: usize| {
+                    OwnedLora::random(streams, &format!("lora[{adapter}][{expert}]"), adapters, gated, shape)
+                };
                 lora.push((0..spec.num_experts).map(one).collect::<Result<_>>()?);
             }
         }
@@ -331,19 +359,19 @@ impl RandomLayer {
             router,
             router_mlp,
             router_bias,
-            selection_bias,
+            selection_bias: vector("selection_bias", spec.has_selection_bias(), selectable),
             tid2eid,
             input_scale,
-            per_expert_scale,
+            per_expert_scale: spec.routing.per_expert_scale.then(|| scales("per_expert_scale", spec.num_experts)),
             global_scale,
-            experts,
+            experts: mlps("experts", &spec.experts, width, spec.num_experts)?,
             lora,
             shared,
             shared_gate,
             latent,
             latent_norm,
-            output_bias,
-            output_norm,
+            output_bias: vector("output_bias", spec.output_bias, hidden_size),
+            output_norm: spec.output_norm.map(|_| scales("output_norm", hidden_size)),
             spec,
         })
     }
@@ -375,10 +403,7 @@ impl RandomLayer {
     /// # Errors
     /// Tensors that are not what the spec implies.
     pub fn weights(&self) -> Result<MoeWeights<'_>> {
-        let whole = self.whole()?;
-        let spec = &self.spec;
-        let partial = spec.placement.is_partial() || spec.shard.is_partial() || spec.entry.is_batched();
-        if partial { whole.part(spec) } else { Ok(whole) }
+        self.read(&|_| &self.spec, &self.spec)
     }
 
     /// The weights of the whole layer, as a checkpoint has them.
@@ -386,6 +411,35 @@ impl RandomLayer {
     /// # Errors
     /// As [`RandomLayer::weights`].
     pub fn whole(&self) -> Result<MoeWeights<'_>> {
+        self.read_whole(&|_| &self.spec)
+    }
+
+    /// The weights that a reader finds who takes each of [`READ`] to be stored as another spec says, which may
+    /// differ in the layouts and orientations of its experts only, and who has what `device` says of them.
+    ///
+    /// # Errors
+    /// Tensors that are not what these imply.
+    pub(super) fn read<'a>(
+        &'a self,
+        as_in: &dyn Fn(&'static str) -> &'a MoeSpec,
+        device: &MoeSpec,
+    ) -> Result<MoeWeights<'a>> {
+        let whole = self.read_whole(as_in)?;
+        let partial = device.placement.is_partial() || device.shard.is_partial() || device.entry.is_batched();
+        if partial { whole.part(device) } else { Ok(whole) }
+    }
+
+    fn read_whole<'a>(&'a self, as_in: &dyn Fn(&'static str) -> &'a MoeSpec) -> Result<MoeWeights<'a>> {
+        let [experts, shared] =
+            [&READ[..3], &READ[3..]].map(|names| [as_in(names[0]), as_in(names[1]), as_in(names[2])]);
+        let width = self.spec.expert_width();
+        let experts = self.experts.iter().map(|mlp| mlp.view(experts.map(|spec| &spec.experts), width));
+        let shared = self.shared.iter().map(|mlp| {
+            let none = || Error::invalid("shared", "None", "a spec with shared experts", "read them as one that has");
+            let [gate, up, down] = shared.map(|spec| spec.shared.as_ref().map(|shared| &shared.mlp).ok_or_else(none));
+            mlp.view([gate?, up?, down?], self.spec.hidden_size)
+        });
+        let adapter = |experts: &'a Vec<OwnedLora>| experts.iter().map(OwnedLora::view).collect();
         let latent = match &self.latent {
             None => None,
             Some([down, up]) => {
@@ -403,13 +457,9 @@ impl RandomLayer {
                 global_scale: self.global_scale,
                 mlp: self.router_mlp.as_ref().map(OwnedRouterMlp::view).transpose()?,
             },
-            experts: views(&self.experts)?,
-            lora: self
-                .lora
-                .iter()
-                .map(|experts| experts.iter().map(OwnedLora::view).collect())
-                .collect::<Result<_>>()?,
-            shared: views(&self.shared)?,
+            experts: experts.collect::<Result<_>>()?,
+            lora: self.lora.iter().map(adapter).collect::<Result<_>>()?,
+            shared: shared.collect::<Result<_>>()?,
             shared_gate: view(self.shared_gate.as_ref())?,
             latent,
             output_bias: self.output_bias.clone(),
@@ -429,36 +479,26 @@ impl RandomLayer {
     /// do not exist are NaN.
     pub fn inputs(&self, tokens: usize, seed: u64) -> LayerInputs {
         let tokens = self.tokens(tokens);
-        let rng = &mut Rng::with_seed(seed);
-        let input = self.spec.precision.input;
-        let rows = |rng: &mut Rng| -> Vec<f32> {
-            (0..tokens * self.spec.hidden_size).map(|_| round_to(input, 2.0 * normal(rng))).collect()
-        };
-        let mut hidden_states = rows(rng);
-        let token_ids = vocab_size(&self.spec.routing.method)
-            .map(|vocab_size| (0..tokens).map(|_| rng.u32(0..vocab_size as u32)).collect());
-        let expert_hidden_states = match self.spec.expert_input {
-            ExpertInput::Hidden => None,
-            ExpertInput::Separate => Some(rows(rng)),
+        let streams = Streams(seed);
+        let rows = |name: &str| -> Vec<f32> {
+            let values = normals(streams.of(name), tokens * self.spec.hidden_size);
+            values.into_iter().map(|value| round_to(self.spec.precision.input, 2.0 * value)).collect()
         };
         let (mut logits, mut router_states) = (None, None);
         match self.spec.router {
             Router::Given { transform: _ } => {
-                let outputs = self.spec.router_outputs();
-                logits = Some((0..tokens).flat_map(|_| odd_logits(rng, outputs)).collect());
+                let (mut rng, outputs) = (streams.of("logits"), self.spec.router_outputs());
+                logits = Some((0..tokens).flat_map(|_| odd_logits(&mut rng, outputs)).collect());
             }
             Router::Mlp { state_size, rms_norm_eps: _, previous_state, format: _ } => {
-                router_states = vector(rng, previous_state, tokens * state_size);
+                router_states = previous_state.then(|| normals(streams.of("router_states"), tokens * state_size));
             }
             Router::Linear { input: _, format: _, bias: _, transform: _ } => {}
         }
-        let adapter_ids = self.spec.lora.as_ref().map(|lora| {
-            let adapters = lora.num_adapters as i32;
-            (0..tokens).map(|_| rng.i32(-1..adapters)).collect()
-        });
         let counts: Option<Vec<u32>> = match self.spec.entry {
             Entry::TokenMajor => None,
             Entry::Batched { capacity } => {
+                let mut rng = streams.of("counts");
                 Some((0..self.spec.num_slots()).map(|_| rng.u32(0..=capacity as u32)).collect())
             }
         };
@@ -466,7 +506,7 @@ impl RandomLayer {
             WeightPosition::Output => false,
             WeightPosition::Input | WeightPosition::BeforeDown => counts.is_some(),
         };
-        let row_weights = weights_rows.then(|| (0..tokens).map(|_| 0.1 + rng.f32()).collect());
+        let mut hidden_states = rows("hidden_states");
         if let (Some(counts), Entry::Batched { capacity }) = (&counts, self.spec.entry) {
             for (row, values) in hidden_states.chunks_exact_mut(self.spec.hidden_size).enumerate() {
                 if row % capacity >= counts[row / capacity] as usize {
@@ -476,13 +516,25 @@ impl RandomLayer {
         }
         LayerInputs {
             hidden_states,
-            token_ids,
-            expert_hidden_states,
+            token_ids: vocab_size(&self.spec.routing.method).map(|vocab_size| {
+                let mut rng = streams.of("token_ids");
+                (0..tokens).map(|_| rng.u32(0..vocab_size as u32)).collect()
+            }),
+            expert_hidden_states: match self.spec.expert_input {
+                ExpertInput::Hidden => None,
+                ExpertInput::Separate => Some(rows("expert_hidden_states")),
+            },
             logits,
             router_states,
-            adapter_ids,
+            adapter_ids: self.spec.lora.as_ref().map(|lora| {
+                let (mut rng, adapters) = (streams.of("adapter_ids"), lora.num_adapters as i32);
+                (0..tokens).map(|_| rng.i32(-1..adapters)).collect()
+            }),
             counts,
-            row_weights,
+            row_weights: weights_rows.then(|| {
+                let mut rng = streams.of("row_weights");
+                (0..tokens).map(|_| 0.1 + rng.f32()).collect()
+            }),
         }
     }
 

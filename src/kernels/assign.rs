@@ -28,8 +28,6 @@ pub enum AssignBy {
         num_experts: usize,
         /// E plus zero experts.
         selectable: usize,
-        /// Whether zero experts are added here.
-        common_terms: bool,
         /// Where experts are.
         slots: ExpertSlots,
     },
@@ -67,10 +65,9 @@ impl Assign {
         let mut bindings = vec![PARAMS];
         let mut fragments = vec![shader!("fragments/params.wgsl")];
         match *by {
-            AssignBy::Expert { num_experts, selectable, common_terms, slots } => {
+            AssignBy::Expert { num_experts, selectable, slots } => {
                 constants.push(("NUM_EXPERTS", Value::U32(num_experts as u32)));
                 constants.push(("SELECTABLE", Value::U32(selectable as u32)));
-                constants.push(("COMMON_TERMS", Value::Bool(common_terms)));
                 bindings.push(read("topk_ids", "array<i32>"));
                 match slots {
                     ExpertSlots::Range { first } => {
@@ -108,7 +105,7 @@ impl Assign {
         let first_token = arguments.first_token()? as usize;
         let num_slots = self.num_slots as i32;
         let assigned: Vec<i32> = match self.by {
-            AssignBy::Expert { num_experts, selectable, common_terms, slots } => {
+            AssignBy::Expert { num_experts, selectable, slots } => {
                 let ids = arguments.read_i32("topk_ids")?;
                 let table = match slots {
                     ExpertSlots::Range { first: _ } => &[][..],
@@ -126,10 +123,7 @@ impl Assign {
                             if (-2..num_slots).contains(&slot) { slot } else { -3 }
                         }
                     },
-                    Ok(id) if id < selectable => match common_terms {
-                        true => num_slots + (id - num_experts) as i32,
-                        false => -1,
-                    },
+                    Ok(id) if id < selectable => num_slots + (id - num_experts) as i32,
                     Ok(_) | Err(_) => -3,
                 };
                 (0..rows).map(one).collect()

@@ -389,8 +389,11 @@ impl GroupedGemm {
             ) => (0..arguments.tokens()? * groups).map(|row| (row % groups) as i32).collect(),
             (
                 GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ },
-                RowSource::Routed { top_k, num_slots: _ },
-            ) => arguments.read_i32("row_slots")?[..arguments.tokens()? * top_k].to_vec(),
+                RowSource::Routed { top_k, num_slots },
+            ) => {
+                let slots = &arguments.read_i32("row_slots")?[..arguments.tokens()? * top_k];
+                slots.iter().map(|&slot| if slot < num_slots as i32 { slot } else { -1 }).collect()
+            }
             (GemmVariant::Tiled, RowSource::Routed { top_k: _, num_slots: _ }) => {
                 let sorted_rows = arguments.read("sorted_rows")?;
                 let tiles = arguments.read("tiles")?;

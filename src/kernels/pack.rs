@@ -7,7 +7,7 @@
 //! [`Span`]: its codes, then what the format has of block scales ([`PackedScale`]), of row scales (f32) and of
 //! column orders (a word for each column of each matrix), then its bias (f32).
 
-use crate::error::{Result, Unsupported};
+use crate::error::{Error, Result, Unsupported};
 use crate::numerics;
 use crate::weights::{Blocks, Matrix, PackedScale, Parts};
 
@@ -207,6 +207,24 @@ impl PackedMatrix {
             }
         }
         table
+    }
+
+    /// Refuses matrices that are not those of this layout; [`MoeWeights::check`](crate::MoeWeights::check) has
+    /// seen to it that those of the spec are.
+    pub(crate) fn expect(&self, source: &GroupSource<'_>) -> Result<()> {
+        let found: Vec<_> = source.matrices.iter().map(|matrix| (matrix.shape(), matrix.parts())).collect();
+        let wanted = vec![([self.rows / self.pair, self.cols], self.parts); self.pair];
+        let biases = source.biases.iter().map(|bias| bias.len());
+        let biased = !self.bias || biases.eq(std::iter::repeat_n(self.rows / self.pair, self.pair));
+        match found == wanted && biased {
+            true => Ok(()),
+            false => {
+                let bias = |biased: bool| if biased { " with biases" } else { "" };
+                let found = format!("{found:?}{}", bias(!source.biases.is_empty()));
+                let wanted = format!("{wanted:?}{}", bias(self.bias));
+                Err(Error::invalid(self.name, found, wanted, "make weights and spec agree"))
+            }
+        }
     }
 
     /// Writes `segment` in pieces of some megabytes: `write(first word, words)`.

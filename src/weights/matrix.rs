@@ -685,6 +685,11 @@ impl<'a> Matrix<'a> {
         &self.name
     }
 
+    /// Codes and scales.
+    pub(crate) fn parts(&self) -> Parts {
+        self.parts
+    }
+
     /// Type of the stored weights.
     pub fn format(&self) -> WeightFormat {
         self.format

@@ -142,8 +142,7 @@ impl Lowering<'_> {
             }
         };
         let selectable = self.spec.selectable();
-        let common_terms = self.spec.adds_common_terms();
-        let by = AssignBy::Expert { num_experts, selectable, common_terms, slots };
+        let by = AssignBy::Expert { num_experts, selectable, slots };
         let row_slots = self.assign_rows("experts.assign", self.spec.num_slots(), by, &mut buffers)?;
         buffers.push(("row_slots", row_slots));
         match slots {
