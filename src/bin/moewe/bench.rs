@@ -2,6 +2,7 @@
 
 mod cases;
 mod device;
+mod plot;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -34,7 +35,7 @@ pub fn bench(options: &BenchOptions) -> Exit {
     let constraints = Constraints { portable: false, segment_bytes: None };
     let choice = backends::choose(options.backend, options.adapter.as_deref(), constraints);
     warn(&choice.warnings);
-    let mut session = Session { options, choice: &choice, read_rate: None, tally: Tally::default() };
+    let mut session = Session { options, choice: &choice, read_rate: None, points: vec![], tally: Tally::default() };
     if !options.json {
         to_stdout(&heading(&choice, options.scale));
     }
@@ -42,7 +43,17 @@ pub fn bench(options: &BenchOptions) -> Exit {
         let Some(spec) = layer(name, options.scale) else { continue };
         session.case(name, &spec);
     }
-    session.tally.exit()
+    let drawn = options.plot.as_ref().map(|path| {
+        let title =
+            format!("moewe bench on {}, scale {}", choice.adapter.as_deref().unwrap_or(choice.backend), options.scale);
+        let cases: Vec<&str> = options.case.iter().map(String::as_str).collect();
+        std::fs::write(path, plot::svg(&title, &cases, &session.points))
+            .map_err(|error| complain(&format!("{}: the chart cannot be written ({error})", path.display())))
+    });
+    match drawn {
+        Some(Err(())) => Exit::Failed,
+        Some(Ok(())) | None => session.tally.exit(),
+    }
 }
 
 /// How many lines came to what.
@@ -67,6 +78,8 @@ struct Session<'a> {
     choice: &'a Choice,
     /// Bytes a second, once measured.
     read_rate: Option<f64>,
+    /// Of the chart.
+    points: Vec<plot::Point>,
     tally: Tally,
 }
 
@@ -161,7 +174,7 @@ impl Session<'_> {
             65..=256 => 2,
             _ => 1,
         };
-        let sampled = [(0, 0), (inputs - 1, tokens - 1)];
+        let sampled = [(0, 0), (1.min(inputs - 1), tokens - 1)];
         let unknown: Vec<Place> = sampled.into_iter().filter(|place| !expected.contains_key(place)).collect();
         let rows: Vec<Row> = unknown.into_par_iter().map(|place| reference(spec, place)).collect::<Result<_>>()?;
         expected.extend(rows.into_iter().map(|row| (row.place, row)));
@@ -185,7 +198,12 @@ impl Session<'_> {
 
     fn print(&mut self, line: &Line<'_>) {
         match line.status {
-            Status::Pass => {}
+            Status::Pass => self.points.extend(line.gap().map(|gap| plot::Point {
+                case: line.case.to_owned(),
+                tokens: line.tokens,
+                fused: line.fused,
+                gap,
+            })),
             Status::Fail => self.tally.failed += 1,
             Status::Unsupported => self.tally.unsupported += 1,
         }
@@ -260,6 +278,10 @@ impl Line<'_> {
         }
     }
 
+    fn gap(&self) -> Option<f64> {
+        self.work.zip(self.times()).map(|(work, times)| times[0] / work.floor)
+    }
+
     fn json(&self, choice: &Choice, scale: f64) -> Value {
         let micros = |at: usize| self.times().map(|times| number(1e6 * times[at]));
         let work = self.work;
@@ -281,7 +303,7 @@ impl Line<'_> {
             "flops": work.map(|work| work.flops),
             "read_gb_s": timed.map(|(work, _)| number(1e-9 * work.read_rate)),
             "floor_us": timed.map(|(work, _)| number(1e6 * work.floor)),
-            "gap": timed.map(|(work, times)| number(times[0] / work.floor)),
+            "gap": self.gap().map(number),
             "dispatches": self.dispatches,
             "checked_rows": self.checked_rows,
             "worst_error": self.worst_error.map(number),
@@ -300,7 +322,7 @@ impl Line<'_> {
             self.status.word(),
             shown(timed.map(|(_, times)| format!("{:.1}", 1e6 * times[0]))),
             shown(timed.map(|(work, _)| format!("{:.1}", 1e6 * work.floor))),
-            shown(timed.map(|(work, times)| format!("{:.2}", times[0] / work.floor))),
+            shown(self.gap().map(|gap| format!("{gap:.2}"))),
             shown(timed.map(|_| self.seconds.len().to_string())),
             shown(self.dispatches.map(|dispatches| dispatches.to_string())),
             shown(self.worst_error.map(|error| format!("{error:.1e}"))),

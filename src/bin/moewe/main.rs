@@ -216,6 +216,9 @@ struct BenchOptions {
     /// Print one JSON object a line instead of a table.
     #[arg(long)]
     json: bool,
+    /// Draw gaps over tokens, beside the best that other engines did on an H100.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
 }
 
 fn scale(text: &str) -> Result<f64, String> {

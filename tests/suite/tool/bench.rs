@@ -110,6 +110,20 @@ fn the_table_has_a_line_for_each_json_line() {
 }
 
 #[test]
+fn a_chart_has_the_peers_beside_what_was_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("gaps.svg");
+    let said = bench("reference", &["--case", "dsv3_fp8", "--plot", path.to_str().unwrap()]);
+    assert_eq!(said.code, 3, "{}", said.stderr);
+    let chart = std::fs::read_to_string(&path).unwrap();
+    // Nothing was measured: the peers' line alone.
+    assert_eq!((chart.matches("<polyline").count(), chart.matches("dsv3_fp8").count()), (1, 1));
+    let said = bench("reference", &["--case", "dsv3_fp8", "--plot", folder.path().to_str().unwrap()]);
+    assert_eq!(said.code, 1);
+    says(&said.stderr, &["the chart cannot be written"]);
+}
+
+#[test]
 fn usage_is_2_and_says_what_there_is() {
     for (rest, what) in [
         (["--case", "mixtral"], "gptoss120b_mxfp4"),
