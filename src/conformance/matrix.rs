@@ -106,6 +106,11 @@ fn scales(rng: &mut Rng, format: ScaleFormat, size: f32, shape: Vec<usize>) -> O
 }
 
 impl OwnedMatrix {
+    /// Codes alone, or with block scales.
+    pub(super) fn of(codes: OwnedTensor, scales: Option<OwnedTensor>, format: WeightFormat, shape: [usize; 2]) -> Self {
+        Self { codes, beside: scales.map_or(Beside::Nothing, Beside::Scales), format, shape }
+    }
+
     /// Random weights [rows, cols] that keep the size of what they multiply.
     ///
     /// # Errors

@@ -17,6 +17,7 @@
 mod matrix;
 mod mutants;
 pub mod sample;
+pub mod synthetic;
 mod trial;
 pub mod vocabulary;
 pub mod witnesses;

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::bench::{Bench, OnDevice};
 use crate::inputs;
 use moewe::host::{Host, Outcome, Session};
 use moewe::kernels::{Operation, RowScale};
@@ -22,6 +23,8 @@ pub enum Work<'a> {
 pub trait Engine {
     /// Makes a layer ready for up to `max_tokens` tokens.
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>>;
+    /// What times layers of synthetic weights.
+    fn bench<'a>(&'a self) -> Result<Box<dyn Bench + 'a>>;
     /// What a plan would run, without planning; `None` for an engine without steps.
     fn schedule(&self, spec: &MoeSpec, max_tokens: usize) -> Result<Option<Schedule>>;
 }
@@ -83,7 +86,7 @@ impl Faults {
     }
 
     /// Fails with those that have come since.
-    fn check(&self, backend: &'static str) -> Result<()> {
+    pub fn check(&self, backend: &'static str) -> Result<()> {
         let faults = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         match faults.is_empty() {
             true => Ok(()),
@@ -124,6 +127,10 @@ impl<B: Host + Clone> Engine for Device<B> {
             Planned { session, spec, whole: work.is_layer(), name: self.backend.facts().backend, faults: &self.faults };
         device.faults.check(device.name)?;
         Ok(Box::new(device))
+    }
+
+    fn bench<'a>(&'a self) -> Result<Box<dyn Bench + 'a>> {
+        Ok(Box::new(OnDevice { backend: &self.backend, faults: &self.faults }))
     }
 }
 
