@@ -80,6 +80,73 @@ fn outputs_of_expert_ranges_add_up_to_the_layer() {
     }
 }
 
+/// transformers #48205: an expert of another device was taken for a sentinel's, or read memory.
+#[test]
+fn bug_32_an_expert_that_is_elsewhere_adds_nothing_and_reads_nothing() {
+    let mut spec = deepseek_like();
+    (spec.shared, spec.experts.format) = (None, WeightFormat::F32);
+    spec.placement = Placement::Range { first: 4, count: 5 };
+    let layer = RandomLayer::new(spec.clone(), 40);
+    let inputs = layer.all_inputs(TOKENS, 5);
+    // One expert here, one before and one behind those that are here, or none at all here.
+    let ids: Vec<i32> =
+        (0..TOKENS as i32).flat_map(|t| if t % 4 == 0 { [0, 11, -1] } else { [4 + t % 5, 3, 9] }).collect();
+    let routed = reference::Routed {
+        logits: vec![],
+        topk_weights: (0..ids.len()).map(|at| 0.25 + at as f32 / 64.0).collect(),
+        topk_ids: ids,
+        shared_weights: vec![],
+        router_states: vec![],
+    };
+    let want = reference::experts(&spec, &layer.weights(), inputs.view(), &routed).unwrap();
+    fn run<B: Host>(session: &Session<B>, inputs: &Inputs<'_>, routed: &reference::Routed) -> Vec<f32> {
+        let host = session.plan().backend();
+        session.write(inputs).unwrap();
+        let write = |name: &str, words: &[u32]| host.write(session.scratch().buffer(name).unwrap(), 0, words).unwrap();
+        write("topk_ids", bytemuck::cast_slice(&routed.topk_ids));
+        write("topk_weights", bytemuck::cast_slice(&routed.topk_weights));
+        let mut encoder = host.encoder();
+        session.bound().record_experts(&mut encoder, &Tokens::Host(TOKENS)).unwrap();
+        host.submit(encoder).unwrap();
+        session.outcome(TOKENS).unwrap().output
+    }
+    for options in [GEMV, TILED] {
+        for (name, got) in [
+            // Scratch begins as NaN: a row that nobody computes and somebody adds would show.
+            ("cpu", run(&layer.on_cpu(TOKENS, &options, None), &inputs.view(), &routed)),
+            ("wgpu", run(&layer.on_gpu(TOKENS, &options), &inputs.view(), &routed)),
+        ] {
+            near(&want, &got, &format!("{name}, {options:?}"));
+            for (token, row) in got.chunks(40).enumerate() {
+                assert_eq!(row.iter().all(|value| *value == 0.0), token % 4 == 0, "{name}, token {token}");
+            }
+        }
+    }
+}
+
+/// SGLang #26845: the shared expert was added by each device.
+#[test]
+fn bug_38_the_shared_expert_is_added_by_one_device_and_any_other_number_shows() {
+    let spec = deepseek_like();
+    let part = |first: usize, here: bool| MoeSpec {
+        placement: Placement::Range { first, count: 6 },
+        common_terms: common(here),
+        ..spec.clone()
+    };
+    adds_up(&spec, &[part(0, true), part(6, false)], "by the first");
+    adds_up(&spec, &[part(0, false), part(6, true)], "by the second");
+    let layer = RandomLayer::new(spec.clone(), 31);
+    let inputs = layer.all_inputs(TOKENS, 5);
+    let want = layer.judge(inputs.view()).output;
+    for (here, times) in [(true, 2), (false, 0)] {
+        let judged = [0, 6].map(|first| RandomLayer::new(part(first, here), 31).judge(inputs.view()).output);
+        let sum: Vec<f32> = judged[0].iter().zip(&judged[1]).map(|(a, b)| a + b).collect();
+        let largest = want.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let off = want.iter().zip(&sum).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        assert!(off > 0.05 * largest, "the shared expert {times} times is off by {off} of {largest} only");
+    }
+}
+
 #[test]
 fn outputs_of_maps_and_replicas_add_up_to_the_layer() {
     let spec = whole();

@@ -414,7 +414,11 @@ fn supports_says_what_planning_says() {
         // A part that no backend has, in one of two specs.
         match rng.usize(0..12) {
             0..4 => spec.precision.block_scale = BlockScale::Folded,
-            4..6 => spec.experts.format = WeightFormat::Fp8Block { block: [8, 12], scale: ScaleFormat::F32 },
+            4..6 => {
+                spec.experts.format = WeightFormat::Fp8Block { block: [8, 12], scale: ScaleFormat::F32 };
+                // Its blocks lie across the rows of one tensor for both.
+                (spec.experts.gate_up_layout, spec.experts.orientation) = (GateUpLayout::Separate, Orientation::OutIn);
+            }
             _ => {}
         }
         let layer = RandomLayer::new(spec, seed as u64);

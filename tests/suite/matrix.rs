@@ -33,15 +33,16 @@ struct Case {
     format: WeightFormat,
     quant: ActivationQuant,
     fuse_quantization: bool,
+    /// Whether tokens have adapters, which part the activation from the GEMM before it.
+    lora: bool,
 }
 
 fn cases() -> impl Iterator<Item = Case> {
-    FORMATS.into_iter().flat_map(|(format, quant)| {
-        [(ActivationQuant::None, true), (quant, true), (quant, false)].map(|(quant, fuse_quantization)| Case {
-            format,
-            quant,
-            fuse_quantization,
-        })
+    FORMATS.into_iter().enumerate().flat_map(|(at, (format, quant))| {
+        let adapted = if at % 2 == 0 { quant } else { ActivationQuant::None };
+        let ways =
+            [(ActivationQuant::None, true, false), (quant, true, false), (quant, false, false), (adapted, true, true)];
+        ways.map(|(quant, fuse_quantization, lora)| Case { format, quant, fuse_quantization, lora })
     })
 }
 
@@ -52,6 +53,8 @@ impl Case {
         for mlp in [&mut spec.experts, &mut spec.shared.as_mut().unwrap().mlp] {
             (mlp.format, mlp.activation_quant) = (self.format, self.quant);
         }
+        let (format, delta) = (WeightFormat::Bf16, LoraDelta::F32);
+        spec.lora = self.lora.then_some(Lora { num_adapters: 2, rank: 3, format, delta });
         spec
     }
 
@@ -171,6 +174,36 @@ fn the_clamp_acts_in_every_format_place_path_and_backend() {
                 }
             }
         }
+    }
+}
+
+/// Rows that enter by slot: without router and shared experts.
+#[test]
+fn the_clamp_acts_on_batched_rows_in_every_format() {
+    for case in cases() {
+        let moves = if case.quant.is_on() { CODES_MOVE } else { MOVES };
+        let judged = [None, Some(1e4), Some(1.0)].map(|limit| {
+            let mut spec = limited(case, "routed", limit, 4.0, 0.5).spec.clone();
+            (spec.shared, spec.router) = (None, Router::Given { transform: LogitTransform::None });
+            spec.entry = Entry::Batched { capacity: 2 };
+            let mut layer = RandomLayer::new(spec, 31);
+            layer.set_gate_up_bias(true, 4.0, 0.5);
+            let inputs = case.input(&layer, 0, 0.05);
+            let want = layer.judge(inputs.view()).output;
+            for (name, _, options) in case.paths() {
+                for (backend, got) in [
+                    ("cpu", run(Cpu::new(), &layer, layer.tokens(0), &options, &inputs)),
+                    ("wgpu", run(gpu().clone(), &layer, layer.tokens(0), &options, &inputs)),
+                ] {
+                    let off = distance(&want, &got);
+                    assert!(off < case.matches().0, "{case:?}, limit {limit:?}, {name}, {backend}: off by {off}");
+                }
+            }
+            want
+        });
+        assert_eq!(judged[0], judged[1], "a limit that nothing reaches changed the output");
+        let moved = distance(&judged[0], &judged[2]);
+        assert!(moved > moves, "{case:?}: a limit of 1 moves by {moved} only");
     }
 }
 
