@@ -206,7 +206,7 @@ const OF_TOKENS: [&str; 34] = [
 ];
 
 /// Of so many one is taken.
-const CANDIDATES: usize = 12;
+const CANDIDATES: usize = 30;
 
 type Choices = [usize; FIELDS.len()];
 
@@ -363,19 +363,36 @@ impl Pairs {
     }
 }
 
-/// The first `count` of a sequence in which each brings many pairs that those before it lacked.
+/// The first `count` of a sequence in which each brings many pairs that those before it lacked, for few kernels.
 pub fn samples(count: usize) -> Vec<Sample> {
     let mut pairs = Pairs::none();
     let rng = &mut Rng::with_seed(0xa12);
+    let mut in_vain = 0;
     (0..count)
         .map(|_| {
-            // Of several the one that has most of them, for what was chosen may give way.
-            let candidates = (0..CANDIDATES).map(|_| Sample::of(choices(&pairs, rng), rng));
-            let sample = candidates.max_by_key(|sample| pairs.new_of(sample)).unwrap();
+            // Of several the best one, for what was chosen may give way; any when there is nothing new.
+            let candidates = if in_vain < 300 { CANDIDATES } else { 1 };
+            let worth = |sample: &Sample| 1_000_000 * pairs.new_of(sample) / kernels(&sample.spec).pow(2);
+            let candidates = (0..candidates).map(|_| Sample::of(choices(&pairs, rng), rng));
+            let sample = candidates.max_by_key(worth).unwrap();
+            in_vain = if pairs.new_of(&sample) > 0 { 0 } else { in_vain + 1 };
             pairs.add(&sample);
             sample
         })
         .collect()
+}
+
+/// About how many kernels a device has to compile for it, which is what takes its time.
+fn kernels(spec: &MoeSpec) -> usize {
+    let quantised = |mlp: &ExpertMlp| 2 * usize::from(mlp.activation_quant.is_on());
+    let router = match spec.router {
+        Router::Mlp { .. } => 4,
+        Router::Linear { .. } => 1,
+        Router::Given { .. } => 0,
+    };
+    let shared = spec.shared.as_ref().map_or(0, |shared| 2 + quantised(&shared.mlp));
+    let (latent, lora) = (3 * usize::from(spec.latent.is_some()), 5 * usize::from(spec.lora.is_some()));
+    4 + router + quantised(&spec.experts) + shared + latent + lora
 }
 
 /// One value of each field in turn, the one that makes most wanted pairs; a random one where none does.
