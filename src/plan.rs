@@ -318,6 +318,13 @@ impl<B: Backend> Plan<B> {
         &self.inner.backend
     }
 
+    /// The plan's own buffers, each with what it holds.
+    pub(crate) fn owned(&self) -> impl Iterator<Item = (Contents, &B::Buffer)> {
+        let Inner { schedule, owned, backend: _, kernels: _, kernel_of: _, counts: _ } = &*self.inner;
+        let held = schedule.buffers.iter().zip(owned);
+        held.filter_map(|(buffer, owned)| Some((buffer.contents, owned.as_ref()?)))
+    }
+
     /// The scratch it needs.
     pub fn scratch_layout(&self) -> ScratchLayout {
         let scratch = self.inner.schedule.buffers.iter().filter(|buffer| buffer.contents.is_scratch());

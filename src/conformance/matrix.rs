@@ -106,6 +106,11 @@ fn scales(rng: &mut Rng, format: ScaleFormat, size: f32, shape: Vec<usize>) -> O
 }
 
 impl OwnedMatrix {
+    /// Codes alone, or with block scales.
+    pub(super) fn of(codes: OwnedTensor, scales: Option<OwnedTensor>, format: WeightFormat, shape: [usize; 2]) -> Self {
+        Self { codes, beside: scales.map_or(Beside::Nothing, Beside::Scales), format, shape }
+    }
+
     /// Random weights [rows, cols] that keep the size of what they multiply.
     ///
     /// # Errors
@@ -309,6 +314,11 @@ impl OwnedMatrix {
         let bytes = elements.flat_map(element).copied().collect();
         let codes = OwnedTensor { dtype: self.codes.dtype, shape: vec![cols, rows], bytes };
         Ok(Self { codes, beside: Beside::Nothing, ..self.clone() })
+    }
+
+    /// Whether it is one tensor of numbers.
+    pub(super) fn is_plain(&self) -> bool {
+        self.plain().is_ok()
     }
 
     /// Bytes of an element of a matrix that is one tensor of numbers.

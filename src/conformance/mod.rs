@@ -18,6 +18,7 @@ mod matrix;
 mod mutants;
 pub mod report;
 pub mod sample;
+pub mod synthetic;
 mod trial;
 pub mod vocabulary;
 pub mod witnesses;

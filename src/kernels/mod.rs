@@ -12,6 +12,8 @@ pub mod norm;
 pub mod pack;
 pub mod permute;
 pub mod quantize;
+pub mod stream;
+pub mod synthesize;
 pub mod topk_routing;
 
 use std::fmt::Write as _;
@@ -28,6 +30,8 @@ pub use grouped_gemm::{Activated, Epilogue, GemmVariant, GroupedGemm, RowSource,
 pub use norm::{Norm, NormScale};
 pub use permute::Permute;
 pub use quantize::{Amax, Matrices, Quantize, RowScale, ScaleLayout, ValueSource};
+pub use stream::Stream;
+pub use synthesize::Synthesize;
 pub use topk_routing::TopkRouting;
 
 /// A stage of the layer. Folder of its shaders, stem of its file here.
@@ -51,6 +55,10 @@ pub enum Stage {
     Diagnose,
     /// Weighted sum over slots.
     Combine,
+    /// Weights that are a hash of their place; of no layer.
+    Synthesize,
+    /// Memory, read; of no layer.
+    Stream,
 }
 
 impl Stage {
@@ -66,6 +74,8 @@ impl Stage {
             Self::Quantize => "quantize",
             Self::Diagnose => "diagnose",
             Self::Combine => "combine",
+            Self::Synthesize => "synthesize",
+            Self::Stream => "stream",
         }
     }
 }
@@ -93,6 +103,10 @@ pub enum Operation {
     Diagnose(Diagnose),
     /// See [`Combine`].
     Combine(Combine),
+    /// See [`Synthesize`].
+    Synthesize(Synthesize),
+    /// See [`Stream`].
+    Stream(Stream),
 }
 
 impl Operation {
@@ -108,6 +122,8 @@ impl Operation {
             Self::Quantize(_) | Self::Amax(_) => Stage::Quantize,
             Self::Diagnose(_) => Stage::Diagnose,
             Self::Combine(_) => Stage::Combine,
+            Self::Synthesize(_) => Stage::Synthesize,
+            Self::Stream(Stream) => Stage::Stream,
         }
     }
 
@@ -124,6 +140,8 @@ impl Operation {
             Self::Amax(kernel) => kernel.source(),
             Self::Diagnose(kernel) => kernel.source(),
             Self::Combine(kernel) => kernel.source(),
+            Self::Synthesize(kernel) => kernel.source(),
+            Self::Stream(Stream) => Stream::source(),
         }
     }
 
@@ -140,7 +158,9 @@ impl Operation {
             | Self::Combine(_)
             | Self::Quantize(_)
             | Self::Amax(_)
-            | Self::Diagnose(_) => 0,
+            | Self::Diagnose(_)
+            | Self::Synthesize(_)
+            | Self::Stream(Stream) => 0,
         }
     }
 
@@ -160,6 +180,8 @@ impl Operation {
             Self::Amax(kernel) => kernel.run(arguments),
             Self::Diagnose(kernel) => kernel.run(arguments),
             Self::Combine(kernel) => kernel.run(arguments),
+            Self::Synthesize(kernel) => kernel.run(arguments),
+            Self::Stream(Stream) => Stream::run(arguments),
         }
     }
 }
@@ -188,7 +210,7 @@ pub struct Binding {
     pub access: Access,
 }
 
-/// The binding with the number of tokens, which every kernel has.
+/// The binding with the number of tokens, which every kernel of a layer has.
 const PARAMS: Binding = Binding { name: "params", element: "Params", access: Access::Uniform };
 
 const fn read(name: &'static str, element: &'static str) -> Binding {

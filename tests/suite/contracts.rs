@@ -6,7 +6,8 @@ use std::process::Command;
 
 use fastrand::Rng;
 use moewe::Scope;
-use moewe::kernels::{Access, Source};
+use moewe::conformance::synthetic;
+use moewe::kernels::{Access, Operation, Source, Stream};
 use moewe::schedule::{DeviceFacts, lower};
 use moewe::spec::*;
 use naga::valid::{Capabilities, GlobalUse, ModuleInfo, ValidationFlags, Validator};
@@ -24,8 +25,11 @@ fn kernels() -> BTreeMap<String, Source> {
         for (base, diagnostics) in [(GEMV, false), (TILED, true)] {
             let options = moewe::Options { diagnostics, ..base };
             let schedule = lower(&spec, Scope::Layer, 64, &facts, &options).unwrap();
-            for step in schedule.buckets.iter().flat_map(|bucket| &bucket.steps) {
-                let source = step.operation.source();
+            let steps = schedule.buckets.iter().flat_map(|bucket| &bucket.steps).map(|step| step.operation.clone());
+            let filled = schedule.matrices.iter().filter_map(|matrix| synthetic::kernel(matrix).ok());
+            let beside = filled.map(Operation::Synthesize).chain([Operation::Stream(Stream)]);
+            for operation in steps.chain(beside) {
+                let source = operation.source();
                 // One of each set of fragments; constants differ in their values only.
                 let paths: Vec<_> = source.fragments.iter().map(|fragment| fragment.path).collect();
                 if shapes.insert(paths) {

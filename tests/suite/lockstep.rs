@@ -77,11 +77,15 @@ fn equal(step: &str, operation: &Operation, buffer: &str, want: &[u32], got: &[u
         | Operation::Activate(_)
         | Operation::Quantize(_)
         | Operation::Amax(_)
-        | Operation::Diagnose(_) => 16.0,
+        | Operation::Diagnose(_)
+        | Operation::Synthesize(_)
+        | Operation::Stream(_) => 16.0,
     };
     let bounded = match (stage, buffer) {
         (Stage::Quantize, _) => return quantized(step, operation, buffer, want, got),
-        (Stage::Assign | Stage::Permute | Stage::Diagnose, _) | (_, "topk_ids") => None,
+        (Stage::Assign | Stage::Permute | Stage::Diagnose | Stage::Synthesize | Stage::Stream, _) | (_, "topk_ids") => {
+            None
+        }
         (Stage::Activation, _) => Some(SCORE_TOLERANCE),
         (Stage::TopkRouting, _) => Some(SCORE_TOLERANCE),
         (Stage::GroupedGemm | Stage::Norm | Stage::Combine, _) => Some(SUM_TOLERANCE * terms.sqrt()),

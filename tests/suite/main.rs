@@ -32,6 +32,7 @@ mod rig;
 mod routing;
 mod samples;
 mod scalars;
+mod synthesizing;
 #[cfg(feature = "cli")]
 mod tool;
 mod witnesses;

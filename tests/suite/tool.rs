@@ -5,6 +5,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
+mod bench;
 mod conformance;
 mod inspect;
 mod run;

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::bench::{Bench, OnDevice};
 use crate::inputs;
 use moewe::conformance;
 use moewe::host::{Host, Outcome, Session};
@@ -23,6 +24,8 @@ pub enum Work<'a> {
 pub trait Engine {
     /// Makes a layer ready for up to `max_tokens` tokens.
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>>;
+    /// What times layers of synthetic weights.
+    fn bench<'a>(&'a self) -> Result<Box<dyn Bench + 'a>>;
     /// What a plan would run, without planning; `None` for an engine without steps.
     fn schedule(&self, spec: &MoeSpec, max_tokens: usize) -> Result<Option<Schedule>>;
     /// Drops each field of the spec on purpose; `None` for an engine that has nothing to drop it from. `progress`
@@ -87,7 +90,7 @@ impl Faults {
     }
 
     /// Fails with those that have come since.
-    fn check(&self, backend: &'static str) -> Result<()> {
+    pub fn check(&self, backend: &'static str) -> Result<()> {
         let faults = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         match faults.is_empty() {
             true => Ok(()),
@@ -134,6 +137,10 @@ impl<B: Host + Clone + Sync> Engine for Device<B> {
             Planned { session, spec, whole: work.is_layer(), name: self.backend.facts().backend, faults: &self.faults };
         device.faults.check(device.name)?;
         Ok(Box::new(device))
+    }
+
+    fn bench<'a>(&'a self) -> Result<Box<dyn Bench + 'a>> {
+        Ok(Box::new(OnDevice { backend: &self.backend, faults: &self.faults }))
     }
 }
 

@@ -15,11 +15,13 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 
 use crate::backends::{BackendName, Constraints};
 
 mod backends;
+mod bench;
 mod case_file;
 mod cases;
 mod chart;
@@ -73,6 +75,14 @@ enum Command {
     ///
     /// Exit status: 0 all passed, 1 any failed, 2 usage or no case found, 3 none failed but some are unsupported.
     Verify(VerifyOptions),
+    /// Times layers of real models, with weights that are made on the device, and checks them first.
+    ///
+    /// Caller's logits, no shared expert, bf16 in and out. The floor is the time that the weights of the experts
+    /// chosen take to be read at the rate measured in the same run (and, where the rate of a device's matrix units is
+    /// known, that of the operations); the gap is the median time in floors. Exit status: 0 all passed, 1 any failed,
+    /// 2 usage, 3 none failed but some are unsupported.
+    #[command(after_help = BENCH_EXAMPLE)]
+    Bench(BenchOptions),
     /// Drops each field of the spec on purpose, and tells whether anybody notices.
     ///
     /// A backend has to match the reference on a witness of each field, or to refuse it by its name, and has to be
@@ -82,6 +92,9 @@ enum Command {
     #[command(after_help = "Example:\n  moewe conformance --backend wgpu --adapter NVIDIA --report conformance.md")]
     Conformance(ConformanceOptions),
 }
+
+const BENCH_EXAMPLE: &str = "Example: a tenth of the experts of Qwen3-30B-A3B's layer, as a small machine has room for:
+  moewe bench --case qwen3_30b_bf16 --tokens 1,16 --backend wgpu --scale 0.1";
 
 /// Where the layer runs.
 #[derive(Args)]
@@ -192,6 +205,40 @@ struct VerifyOptions {
 }
 
 #[derive(Args)]
+struct BenchOptions {
+    /// Which layers; all without it.
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',', default_values = bench::NAMES, hide_default_value = true,
+        value_parser = PossibleValuesParser::new(bench::NAMES))]
+    case: Vec<String>,
+    /// How many tokens a call has.
+    #[arg(long, value_name = "T,..", value_delimiter = ',', default_value = "1,16,64", value_parser = tokens)]
+    tokens: Vec<usize>,
+    /// What is timed. auto: a hardware adapter through wgpu, else cpu. wgpu: the best adapter, software included.
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: BackendName,
+    /// Part of the name or driver of the adapter to take, whatever the case. With auto it means wgpu.
+    #[arg(long, value_name = "S")]
+    adapter: Option<String>,
+    /// Share of a layer's experts to keep, above 0: at least two for each that a token chooses; widths stay.
+    #[arg(long, value_name = "S", default_value = "1", value_parser = scale)]
+    scale: f64,
+    /// Print one JSON object a line instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Draw gaps over tokens, beside the best that other engines did on an H100.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+}
+
+fn scale(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        Ok(_) => Err("a number above 0 and at most 1".into()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[derive(Args)]
 struct ConformanceOptions {
     /// What is tried. auto: a hardware adapter through wgpu, else cpu. wgpu: the best adapter, software included.
     #[arg(long, value_enum, default_value = "auto")]
@@ -254,6 +301,7 @@ fn main() -> ExitCode {
         Some(Command::Run { checkpoint, options }) => run::run(checkpoint.as_deref(), &options),
         Some(Command::Inspect(options)) => inspect::inspect(&options),
         Some(Command::Verify(options)) => verify::verify(&options),
+        Some(Command::Bench(options)) => bench::bench(&options),
         Some(Command::Conformance(options)) => conformance::conformance(&options),
     };
     exit.into()

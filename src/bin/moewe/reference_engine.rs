@@ -5,9 +5,10 @@ use moewe::host::Outcome;
 use moewe::reference::{self, Inputs, Routed};
 use moewe::schedule::{Decision, Schedule};
 use moewe::spec::SharedExperts;
-use moewe::{MoeSpec, MoeWeights, Result, RouterWeights};
+use moewe::{MoeSpec, MoeWeights, Result, RouterWeights, Unsupported};
 use rayon::prelude::*;
 
+use crate::bench::Bench;
 use crate::engine::{Engine, Memory, Runner, Timing, Work};
 use crate::inputs;
 
@@ -31,6 +32,12 @@ impl Engine for Reference {
             Work::Routing(router) => reference::route(spec, router, nothing).map(|_| ())?,
         }
         Ok(Box::new(Planned { spec, work }))
+    }
+
+    fn bench<'a>(&'a self) -> Result<Box<dyn Bench + 'a>> {
+        let (field, value) = ("backend".into(), "\"reference\"".into());
+        let because = "it judges, one token at a time, and has no weights on a device; time cpu or wgpu".into();
+        Err(Unsupported { backend: "reference".into(), field, value, because }.into())
     }
 }
 
