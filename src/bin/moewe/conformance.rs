@@ -1,5 +1,6 @@
 //! `moewe conformance`: drops each field of the spec on purpose, and tells whether that is noticed.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{IsTerminal as _, Write as _};
 
@@ -107,20 +108,20 @@ fn text(choice: &Choice, outcomes: &[Outcome]) -> String {
         let [a, b] = [lower, carrier].map(|outcome| outcome.status.word());
         text += &format!("{:<56} {a:<11} {b:<11} {}\n", lower.field, lower.witness);
     }
-    let told = outcomes.iter().filter(|outcome| match outcome.status {
-        Status::Killed => false,
-        Status::Refused => outcome.mutant == Mutant::Lower,
-        Status::Survived | Status::NoWitness => true,
-    });
-    for (at, Outcome { field, mutant, backend: _, status, witness: _, reason, because: _, carriers: _ }) in
-        told.enumerate()
-    {
-        let before = if at == 0 { "\n" } else { "" };
-        text += &match status {
-            Status::Killed | Status::Refused => format!("{before}{field} is refused: {reason}\n"),
-            Status::Survived => format!("{before}{field} survived as {}: {reason}\n", mutant.word()),
-            Status::NoWitness => format!("{before}{field} has no witness\n"),
-        };
+    let mut refused: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    let mut open = vec![];
+    for Outcome { field, mutant, backend: _, status, witness: _, reason, because, carriers: _ } in outcomes {
+        match (status, mutant) {
+            (Status::Killed, _) | (Status::Refused, Mutant::Carrier) => {}
+            (Status::Refused, Mutant::Lower) => refused.entry(because).or_default().push(field),
+            (Status::Survived | Status::NoWitness, _) => open.push(format!("{field} ({}): {reason}\n", mutant.word())),
+        }
+    }
+    for (because, fields) in refused {
+        text += &format!("\nrefused, {because}:\n  {}\n", fields.join("\n  "));
+    }
+    if !open.is_empty() {
+        text += &format!("\nsurvived, or without a witness:\n  {}", open.join("  "));
     }
     text + &format!("\n{}\n", summary(outcomes))
 }
