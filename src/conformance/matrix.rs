@@ -316,6 +316,11 @@ impl OwnedMatrix {
         Ok(Self { codes, beside: Beside::Nothing, ..self.clone() })
     }
 
+    /// Whether it is one tensor of numbers.
+    pub(super) fn is_plain(&self) -> bool {
+        self.plain().is_ok()
+    }
+
     /// Bytes of an element of a matrix that is one tensor of numbers.
     fn plain(&self) -> Result<usize> {
         match (&self.beside, self.codes.dtype) {

@@ -16,6 +16,7 @@
 
 mod matrix;
 mod mutants;
+pub mod report;
 pub mod sample;
 pub mod synthetic;
 mod trial;
@@ -95,6 +96,8 @@ pub struct Outcome {
     pub witness: String,
     /// What noticed it, or did not.
     pub reason: String,
+    /// Why it is refused, in short; else empty.
+    pub because: String,
     /// Things that the field acts through, with [`Mutant::Carrier`].
     pub carriers: usize,
 }
@@ -124,6 +127,7 @@ pub fn run<B: Host + Clone + Sync>(backend: &B, progress: &(dyn Fn(usize, usize)
                     status: Status::NoWitness,
                     witness: String::new(),
                     reason: "no witness is written for it".into(),
+                    because: String::new(),
                     carriers: 0,
                 }),
             };

@@ -64,7 +64,11 @@ impl OwnedMlp {
         match (gate_up_layout, &gate) {
             (GateUpLayout::Separate, _) | (GateUpLayout::Halves | GateUpLayout::Interleaved, None) => {}
             (GateUpLayout::Halves | GateUpLayout::Interleaved, Some(first)) => {
-                up = OwnedMatrix::fused(first, &up, gate_up_layout)?;
+                up = match first.is_plain() {
+                    true => OwnedMatrix::fused(first, &up, gate_up_layout)?,
+                    // Scales follow the rows of one tensor, which are not those of two.
+                    false => matrix("gate_up", [2 * inner, width])?,
+                };
                 gate = None;
             }
         }

@@ -8,7 +8,7 @@ use crate::error::{Error, Result, Unsupported};
 use crate::host::{Host, decode, encode, poison};
 use crate::plan::{self, Io, Plan, Scratch, Tokens};
 use crate::reference;
-use crate::schedule::{Buffer, Contents, DECODE_TOKENS, EXPERT_MISSES, Options, Schedule, lower};
+use crate::schedule::{Buffer, Contents, EXPERT_MISSES, Options, Schedule, lower};
 use crate::spec::{ActivationQuant, CombineRounding, ExpertMlp, FloatType, MoeSpec, Precision, Rounding, Router};
 use crate::spec::{ActivationRounding, BlockScale, CombineOrder, Lora, LoraDelta, Placement, SharedExperts, Slot};
 use crate::support::Scope;
@@ -20,8 +20,7 @@ const MAX_TOKENS: usize = 48;
 const WEIGHTS: u64 = 21;
 const INPUTS: u64 = 22;
 
-const OPTIONS: Options =
-    Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true, diagnostics: false };
+const OPTIONS: Options = Options::AUTO;
 
 /// What a device may be off by, relative to the norm of what is compared. A backend is right to about 1e-6. Beside
 /// the middle of two values of T, or of two codes, that becomes a step of T or of the codes, in a few values of
@@ -82,7 +81,7 @@ fn rounds(spec: &MoeSpec) -> bool {
 
 /// Both mutants of a witness on a backend.
 pub(super) fn try_witness<B: Host + Clone>(backend: &B, witness: &Witness) -> [Outcome; 2] {
-    let both = |status: Status, reason: String| {
+    let both = |status: Status, reason: String, because: String| {
         [Mutant::Lower, Mutant::Carrier].map(|mutant| Outcome {
             field: witness.field.clone(),
             mutant,
@@ -90,15 +89,16 @@ pub(super) fn try_witness<B: Host + Clone>(backend: &B, witness: &Witness) -> [O
             status,
             witness: witness.name(),
             reason: reason.clone(),
+            because: because.clone(),
             carriers: 0,
         })
     };
     match Trial::new(backend, witness) {
-        Err(Verdict::Refused(reason)) => both(Status::Refused, reason),
-        Err(Verdict::Broken(reason)) => both(Status::Survived, reason),
+        Err(Verdict::Refused { because, reason }) => both(Status::Refused, reason, because),
+        Err(Verdict::Broken(reason)) => both(Status::Survived, reason, String::new()),
         Ok(trial) => {
             let (lowered, carried) = (trial.lower(), trial.carriers());
-            let [mut lower, mut carrier] = both(Status::Killed, String::new());
+            let [mut lower, mut carrier] = both(Status::Killed, String::new(), String::new());
             (lower.status, lower.reason) = lowered;
             (carrier.status, carrier.reason, carrier.carriers) = carried;
             [lower, carrier]
@@ -109,7 +109,7 @@ pub(super) fn try_witness<B: Host + Clone>(backend: &B, witness: &Witness) -> [O
 /// Why a witness cannot be tried.
 enum Verdict {
     /// The backend, or the rules of the spec, refuse it by the field's name.
-    Refused(String),
+    Refused { because: String, reason: String },
     /// The witness or the backend is wrong.
     Broken(String),
 }
@@ -139,12 +139,13 @@ impl<'a, B: Host + Clone> Trial<'a, B> {
     fn new(backend: &'a B, witness: &'a Witness) -> Result<Self, Verdict> {
         let Witness { field, neutral, spec, special, effect } = witness;
         if let Err(error) = spec.validate() {
-            return Err(Verdict::Refused(format!("no spec has it: {error}")));
+            let because = "no spec has it".to_owned();
+            return Err(Verdict::Refused { reason: format!("{because}: {error}"), because });
         }
         let lowered = |spec: &MoeSpec| lower(spec, Scope::Layer, MAX_TOKENS, &backend.facts(), &OPTIONS);
         let schedule = lowered(spec).map_err(|error| refusal(field, error, ""))?;
         let neutral_schedule =
-            lowered(neutral).map_err(|error| refusal(field, error, "there is nothing to drop it for: "))?;
+            lowered(neutral).map_err(|error| refusal(field, error, "what it would be dropped for is refused: "))?;
         let random = |spec: &MoeSpec| {
             let mut layer = RandomLayer::new(spec.clone(), WEIGHTS)?;
             layer.soften_bias();
@@ -162,7 +163,8 @@ impl<'a, B: Host + Clone> Trial<'a, B> {
             Effect::Moves if moved > Tolerance::MOVES * tolerance => {}
             Effect::Reads if moved == 0.0 => {}
             Effect::Nothing(because) if moved == 0.0 => {
-                return Err(Verdict::Refused(format!("no value of it changes a result: {because}")));
+                let reason = format!("no value of it changes a result: {because}");
+                return Err(Verdict::Refused { because: (*because).into(), reason });
             }
             Effect::Moves | Effect::Reads | Effect::Nothing(_) => {
                 return Err(Verdict::Broken(format!("the witness moves the reference by {moved:.1e}")));
@@ -352,9 +354,11 @@ fn off_by(off: f64) -> String {
 }
 
 /// A refusal, if it names the field.
-fn refusal(field: &str, error: Error, because: &str) -> Verdict {
+fn refusal(field: &str, error: Error, what: &str) -> Verdict {
     match error {
-        Error::Unsupported(refusal) if names(&refusal, field) => Verdict::Refused(format!("{because}{refusal}")),
+        Error::Unsupported(refusal) if names(&refusal, field) => {
+            Verdict::Refused { because: refusal.because.to_string(), reason: format!("{what}{refusal}") }
+        }
         error => Verdict::Broken(error.to_string()),
     }
 }

@@ -212,8 +212,13 @@ impl PackedMatrix {
     /// Refuses matrices that are not those of this layout; [`MoeWeights::check`](crate::MoeWeights::check) has
     /// seen to it that those of the spec are.
     pub(crate) fn expect(&self, source: &GroupSource<'_>) -> Result<()> {
-        let found: Vec<_> = source.matrices.iter().map(|matrix| (matrix.shape(), matrix.parts())).collect();
-        let wanted = vec![([self.rows / self.pair, self.cols], self.parts); self.pair];
+        // The blocks of a piece are cut finer than those of the matrix that it is a piece of.
+        let kind = |parts: Parts| {
+            let scale = parts.blocks.map(|Blocks { rows: _, cols: _, scale, act_order }| (scale, act_order));
+            (parts.code, scale, parts.row_scale)
+        };
+        let found: Vec<_> = source.matrices.iter().map(|matrix| (matrix.shape(), kind(matrix.parts()))).collect();
+        let wanted = vec![([self.rows / self.pair, self.cols], kind(self.parts)); self.pair];
         let biases = source.biases.iter().map(|bias| bias.len());
         let biased = !self.bias || biases.eq(std::iter::repeat_n(self.rows / self.pair, self.pair));
         match found == wanted && biased {

@@ -687,7 +687,8 @@ impl<'a> Matrix<'a> {
 
     /// Codes and scales.
     pub(crate) fn parts(&self) -> Parts {
-        self.parts
+        let rows = self.parts.cut_rows(self.first_row);
+        if self.first_col == 0 { rows } else { rows.cut_cols(self.first_col).unwrap_or(rows) }
     }
 
     /// Type of the stored weights.

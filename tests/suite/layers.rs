@@ -1,13 +1,15 @@
 //! Whole layers: every backend against the reference.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use fastrand::Rng;
-use moewe::Options;
-use moewe::host::Outcome;
+use moewe::host::{Host, Outcome, Session};
 use moewe::reference::{self, Inputs};
 use moewe::spec::*;
+use moewe::{Options, Plan, Wgpu};
 
-use crate::random::{SPECS, specs};
-use crate::rig::{AUTO, GEMV, LayerInputs, RandomLayer, TILED, deepseek_like, gpu};
+use crate::random::{CPU_SAMPLES, GPU_SAMPLES, Sample, samples, specs};
+use crate::rig::{AUTO, GEMV, LayerInputs, RandomLayer, TILED, deepseek_like, gpu, segmented};
 
 /// Largest |a - b| relative to the row's largest value: a row is a sum of products of one size, so its rounding
 /// errors have the size of its largest terms. An exponential of x errs by 3 + 2|x| ulp, and x has some tens; a
@@ -176,17 +178,41 @@ pub fn check(layer: &RandomLayer, tokens: usize, options: &Options, what: &str) 
 
 /// Both backends against the reference, each twice.
 pub fn check_inputs(layer: &RandomLayer, tokens: usize, options: &Options, inputs: &LayerInputs, what: &str) {
-    let inputs = inputs.view();
-    let want = layer.judge(inputs);
-    let cpu = layer.on_cpu(tokens.max(1), options, None);
-    let got = cpu.run(&inputs).unwrap();
-    compare(layer, &want, &got, &format!("cpu: {what}"));
-    assert_eq!(bits(&got), bits(&cpu.run(&inputs).unwrap()), "cpu: {what}: two runs differ");
-    let session = layer.on_gpu(tokens.max(1), options);
-    let got = session.run(&inputs).unwrap();
-    compare(layer, &want, &got, &format!("wgpu: {what}"));
-    let again = session.run(&inputs).unwrap();
-    assert_eq!(bits(&got), bits(&again), "wgpu: {what}: two runs differ");
+    let want = layer.judge(inputs.view());
+    assert_eq!(want.output.len(), tokens * layer.spec.hidden_size);
+    agrees_on_cpu(layer, &want, options, inputs, what);
+    agrees_on_gpu(layer, &want, options, inputs, what);
+}
+
+fn agrees_on_cpu(layer: &RandomLayer, want: &reference::Layer, options: &Options, inputs: &LayerInputs, what: &str) {
+    let tokens = want.output.len() / layer.spec.hidden_size;
+    twice(layer, want, &layer.on_cpu(tokens.max(1), options, None), inputs, &format!("cpu: {what}"));
+}
+
+fn agrees_on_gpu(layer: &RandomLayer, want: &reference::Layer, options: &Options, inputs: &LayerInputs, what: &str) {
+    let tokens = want.output.len() / layer.spec.hidden_size;
+    twice(layer, want, &layer.on_gpu(tokens.max(1), options), inputs, &format!("wgpu: {what}"));
+}
+
+/// Likewise without keeping the kernels, which hardly any other layer has: a software driver needs megabytes of each.
+fn agrees_on_gpu_once(layer: &RandomLayer, want: &reference::Layer, sample: &Sample, inputs: &LayerInputs, what: &str) {
+    let tokens = want.output.len() / layer.spec.hidden_size;
+    let backend = Wgpu::new(gpu().device().clone(), gpu().queue().clone());
+    let options = segmented(&sample.options);
+    let plan = Plan::new(backend, &layer.spec, &layer.weights(), tokens.max(1), &options).unwrap();
+    twice(layer, want, &Session::new(plan, &layer.spec).unwrap(), inputs, &format!("wgpu: {what}"));
+}
+
+fn twice<B: Host>(
+    layer: &RandomLayer,
+    want: &reference::Layer,
+    session: &Session<B>,
+    inputs: &LayerInputs,
+    what: &str,
+) {
+    let got = session.run(&inputs.view()).unwrap();
+    compare(layer, want, &got, what);
+    assert_eq!(bits(&got), bits(&session.run(&inputs.view()).unwrap()), "{what}: two runs differ");
 }
 
 /// Everything that came back, as words.
@@ -196,26 +222,46 @@ fn bits(outcome: &Outcome) -> Vec<u32> {
     topk_ids.iter().map(|&id| id as u32).chain(floats.map(|value| value.to_bits())).collect()
 }
 
-/// Random specs a run: SPECS, or MOEWE_CASES of them (5,000 in a long run).
-pub fn cases() -> usize {
-    std::env::var("MOEWE_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(SPECS)
+fn from_environment(name: &str) -> Option<usize> {
+    std::env::var(name).ok().and_then(|count| count.parse().ok())
 }
 
-/// All pairs of field values, on both backends.
+/// Random layers a run, MOEWE_CASES or 2,000 (20,000 in a long run), and how many of them wgpu computes as well,
+/// MOEWE_GPU_CASES or 300.
+fn counts() -> [usize; 2] {
+    let cpu = from_environment("MOEWE_CASES").unwrap_or(CPU_SAMPLES);
+    [cpu, from_environment("MOEWE_GPU_CASES").unwrap_or(GPU_SAMPLES).min(cpu)]
+}
+
+/// Random layers that a device computes in one run.
+pub fn cases() -> usize {
+    counts()[1]
+}
+
+/// All pairs of values of fields: on the CPU, and most of them on the device.
 #[test]
 fn random_layers_agree_with_the_reference() {
-    let specs = specs(cases());
-    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get().min(16));
-    let part = |first: usize| {
-        for (seed, spec) in specs.iter().enumerate().skip(first).step_by(threads) {
-            let rng = &mut Rng::with_seed(0x5eed + seed as u64);
+    let [cpu, on_gpu] = counts();
+    let samples = samples(cpu);
+    // Those of the device come first and take longest.
+    let next = AtomicUsize::new(0);
+    let part = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            let Some(sample) = samples.get(seed) else { break };
+            let Sample { spec, tokens, options, .. } = sample;
             let layer = RandomLayer::new(spec.clone(), seed as u64);
-            let tokens = [0, 1, 2, 3, 9, 33, 127, 128, 129][rng.usize(0..9)];
-            let options = [AUTO, GEMV, TILED][rng.usize(0..3)];
-            check(&layer, tokens, &options, &format!("seed {seed}, {tokens} tokens, {options:?}, {spec:?}"));
+            let what = format!("seed {seed}, {tokens} tokens, {options:?}, {spec:?}");
+            let inputs = layer.all_inputs(*tokens, 7);
+            let want = layer.judge(inputs.view());
+            agrees_on_cpu(&layer, &want, options, &inputs, &what);
+            if seed < on_gpu {
+                agrees_on_gpu_once(&layer, &want, sample, &inputs, &what);
+            }
         }
     };
-    std::thread::scope(|scope| (0..threads).for_each(|first| drop(scope.spawn(move || part(first)))));
+    let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get().min(16));
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(part))));
 }
 
 #[test]
@@ -307,9 +353,9 @@ fn token_chunks_give_the_same_rows() {
     let inputs = Inputs::of(&hidden_states);
     compare(&layer, &want, &cpu.run(&inputs).unwrap(), "cpu in chunks");
     let gpu = moewe::backend::wgpu::Wgpu::with_binding_limit(gpu(), 70_000);
-    let plan = moewe::Plan::new(gpu, &layer.spec, &layer.weights(), tokens, &AUTO).unwrap();
+    let plan = Plan::new(gpu, &layer.spec, &layer.weights(), tokens, &AUTO).unwrap();
     assert_eq!(plan.schedule().chunk_tokens, 128);
-    let session = moewe::host::Session::new(plan, &layer.spec).unwrap();
+    let session = Session::new(plan, &layer.spec).unwrap();
     compare(&layer, &want, &session.run(&inputs).unwrap(), "wgpu in chunks");
 }
 
@@ -323,9 +369,9 @@ fn chunks_of_odd_rows_of_16_bits_begin_where_a_binding_may() {
     let (hidden_states, _) = layer.inputs(tokens, 10);
     let want = layer.reference(&hidden_states, None);
     let gpu = gpu().with_binding_limit(60_000);
-    let plan = moewe::Plan::new(gpu, &layer.spec, &layer.weights(), tokens, &AUTO).unwrap();
+    let plan = Plan::new(gpu, &layer.spec, &layer.weights(), tokens, &AUTO).unwrap();
     assert_eq!(plan.schedule().chunk_tokens, 128);
-    let session = moewe::host::Session::new(plan, &layer.spec).unwrap();
+    let session = Session::new(plan, &layer.spec).unwrap();
     let inputs = Inputs::of(&hidden_states);
     compare(&layer, &want, &session.run(&inputs).unwrap(), "odd rows in chunks");
 }
@@ -345,7 +391,6 @@ fn as_many_experts_as_a_router_may_have_can_all_be_chosen() {
 #[test]
 fn the_count_of_tokens_may_come_from_the_device() {
     use moewe::Tokens;
-    use moewe::host::Host;
     let layer = RandomLayer::new(deepseek_like(), 7);
     let (hidden_states, _) = layer.inputs(20, 9);
     let want = layer.reference(&hidden_states[..13 * 40], None);
@@ -394,8 +439,7 @@ fn ids_and_weights_of_a_caller_give_what_the_reference_says() {
 }
 
 pub fn ids_and_weights_of_a_caller(count: usize) {
-    use moewe::host::{Host, Session};
-    use moewe::{Cpu, Plan, Tokens};
+    use moewe::{Cpu, Tokens};
     fn run<B: Host>(
         backend: B,
         layer: &RandomLayer,

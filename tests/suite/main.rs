@@ -3,6 +3,7 @@
 mod binding;
 mod bugs;
 mod configs;
+mod conformance;
 mod contracts;
 mod diagnostics;
 mod distribution;

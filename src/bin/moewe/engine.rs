@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::bench::{Bench, OnDevice};
 use crate::inputs;
+use moewe::conformance;
 use moewe::host::{Host, Outcome, Session};
 use moewe::kernels::{Operation, RowScale};
 use moewe::reference::Inputs;
@@ -27,6 +28,9 @@ pub trait Engine {
     fn bench<'a>(&'a self) -> Result<Box<dyn Bench + 'a>>;
     /// What a plan would run, without planning; `None` for an engine without steps.
     fn schedule(&self, spec: &MoeSpec, max_tokens: usize) -> Result<Option<Schedule>>;
+    /// Drops each field of the spec on purpose; `None` for an engine that has nothing to drop it from. `progress`
+    /// hears how many fields of how many are done.
+    fn conformance(&self, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Option<Vec<conformance::Outcome>>>;
 }
 
 /// A layer that is ready.
@@ -111,7 +115,13 @@ impl<B> Device<B> {
     }
 }
 
-impl<B: Host + Clone> Engine for Device<B> {
+impl<B: Host + Clone + Sync> Engine for Device<B> {
+    fn conformance(&self, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Option<Vec<conformance::Outcome>>> {
+        let outcomes = conformance::run(&self.backend, progress);
+        self.faults.check(self.backend.facts().backend)?;
+        Ok(Some(outcomes))
+    }
+
     fn schedule(&self, spec: &MoeSpec, max_tokens: usize) -> Result<Option<Schedule>> {
         schedule::lower(spec, Scope::Layer, max_tokens, &self.backend.facts(), &self.options()).map(Some)
     }

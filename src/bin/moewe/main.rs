@@ -1,4 +1,4 @@
-//! `moewe`: runs one Mixture-of-Experts layer, and judges backends by golden cases.
+//! `moewe`: runs one Mixture-of-Experts layer, and judges backends by golden cases and by fields that are dropped.
 
 #![cfg_attr(
     not(test),
@@ -26,6 +26,7 @@ mod case_file;
 mod cases;
 mod chart;
 mod check;
+mod conformance;
 mod engine;
 mod inputs;
 mod inspect;
@@ -82,6 +83,14 @@ enum Command {
     /// 2 usage, 3 none failed but some are unsupported.
     #[command(after_help = BENCH_EXAMPLE)]
     Bench(BenchOptions),
+    /// Drops each field of the spec on purpose, and tells whether anybody notices.
+    ///
+    /// A backend has to match the reference on a witness of each field, or to refuse it by its name, and has to be
+    /// found wrong once the field is dropped: from the lowering (lower), or from one step or table that carries it
+    /// (carrier). Takes a minute or a few.
+    /// Exit status: 0 each is killed or refused, 1 one survived or has no witness, 2 usage or no such device.
+    #[command(after_help = "Example:\n  moewe conformance --backend wgpu --adapter NVIDIA --report conformance.md")]
+    Conformance(ConformanceOptions),
 }
 
 const BENCH_EXAMPLE: &str = "Example: a tenth of the experts of Qwen3-30B-A3B's layer, as a small machine has room for:
@@ -229,6 +238,25 @@ fn scale(text: &str) -> Result<f64, String> {
     }
 }
 
+#[derive(Args)]
+struct ConformanceOptions {
+    /// What is tried. auto: a hardware adapter through wgpu, else cpu. wgpu: the best adapter, software included.
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: BackendName,
+    /// Part of the name or driver of the adapter to take, whatever the case. With auto it means wgpu.
+    #[arg(long, value_name = "S")]
+    adapter: Option<String>,
+    /// Ask the adapter for WebGPU's default limits and no features, as the least of devices has.
+    #[arg(long)]
+    portable: bool,
+    /// Print one JSON object a mutant instead of text.
+    #[arg(long)]
+    json: bool,
+    /// Write a report in Markdown as well, which names GPU, driver and versions.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
 fn tokens(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(0) => Err("at least 1 token".into()),
@@ -274,6 +302,7 @@ fn main() -> ExitCode {
         Some(Command::Inspect(options)) => inspect::inspect(&options),
         Some(Command::Verify(options)) => verify::verify(&options),
         Some(Command::Bench(options)) => bench::bench(&options),
+        Some(Command::Conformance(options)) => conformance::conformance(&options),
     };
     exit.into()
 }

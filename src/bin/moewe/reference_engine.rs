@@ -1,5 +1,6 @@
 //! The reference as an engine: the same code token by token, on all threads.
 
+use moewe::conformance;
 use moewe::host::Outcome;
 use moewe::reference::{self, Inputs, Routed};
 use moewe::schedule::{Decision, Schedule};
@@ -15,6 +16,10 @@ use crate::inputs;
 pub struct Reference;
 
 impl Engine for Reference {
+    fn conformance(&self, _progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Option<Vec<conformance::Outcome>>> {
+        Ok(None)
+    }
+
     fn schedule(&self, spec: &MoeSpec, _max_tokens: usize) -> Result<Option<Schedule>> {
         reference::supports(spec).map(|()| None)
     }
