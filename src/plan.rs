@@ -319,6 +319,7 @@ impl<B: Backend> Plan<B> {
     }
 
     /// The plan's own buffers, each with what it holds.
+    #[cfg(feature = "cli")]
     pub(crate) fn owned(&self) -> impl Iterator<Item = (Contents, &B::Buffer)> {
         let Inner { schedule, owned, backend: _, kernels: _, kernel_of: _, counts: _ } = &*self.inner;
         let held = schedule.buffers.iter().zip(owned);

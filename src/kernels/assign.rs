@@ -1,4 +1,4 @@
-//! `assign`: which matrix each row meets, where that is not its expert's id: i32 [rows].
+//! `assign`: which matrix each row meets, where that is not its expert's id: i32 `[rows]`.
 //!
 //! -1 stands for none: the id -1, an expert that is elsewhere, a row that does not exist, a token without adapter.
 //! Faults, which make a row NaN, are below: -2 for an expert that is missing and for an adapter that nobody has, -3
