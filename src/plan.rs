@@ -605,7 +605,7 @@ fn source<'a>(
     let found = found.ok_or_else(|| {
         Error::invalid(packed.name, format!("no weights for group {group}"), "some", "make weights and spec agree")
     })?;
-    packed.expect(&found)?;
+    packed.require(&found)?;
     Ok(found)
 }
 

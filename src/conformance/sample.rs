@@ -1,4 +1,5 @@
 //! Layers with random weights, each with all that its spec asks for, and random tokens for them.
+//! A long file: each part of a layer beside what draws it.
 
 use fastrand::Rng;
 

@@ -1,4 +1,5 @@
 //! One witness on one backend: the layer as it is, and every way to drop the field from it.
+//! A long file: both mutants and the comparison that has to notice them.
 
 use super::mutants::{self, Lowered};
 use super::sample::{LayerInputs, READ, RandomLayer};

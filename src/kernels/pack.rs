@@ -211,7 +211,7 @@ impl PackedMatrix {
 
     /// Refuses matrices that are not those of this layout; [`MoeWeights::check`](crate::MoeWeights::check) has
     /// seen to it that those of the spec are.
-    pub(crate) fn expect(&self, source: &GroupSource<'_>) -> Result<()> {
+    pub(crate) fn require(&self, source: &GroupSource<'_>) -> Result<()> {
         // The blocks of a piece are cut finer than those of the matrix that it is a piece of.
         let kind = |parts: Parts| {
             let scale = parts.blocks.map(|Blocks { rows: _, cols: _, scale, act_order }| (scale, act_order));

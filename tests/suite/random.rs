@@ -1,4 +1,5 @@
 //! Random layers and runs of them that together have every pair of values of their fields.
+//! A long file: the fields, what a layer of their values is, and the search for pairs belong together.
 
 use std::collections::BTreeSet;
 
