@@ -80,7 +80,16 @@ pub struct Launch<'a, B: Backend> {
     pub binding: &'a B::Binding,
     /// Workgroups.
     pub workgroups: [u32; 3],
+    /// Byte of its uniform buffer from which it reads, a multiple of [`PARAMS_STRIDE`].
+    pub params: u32,
 }
+
+/// Bytes from one entry of a uniform buffer to the next: what every device can bind at.
+pub const PARAMS_STRIDE: usize = 256;
+
+/// Calls of up to so many tokens find their count in an entry of its own. Others copy it into the first entry, which
+/// makes a device wait.
+const COUNTED_TOKENS: usize = 64;
 
 /// Whether a layer can be planned, without planning it: the same code decides.
 ///
@@ -391,8 +400,13 @@ impl<B: Backend> Plan<B> {
         let mut chunks = vec![];
         for first in (0..max_tokens).step_by(schedule.chunk_tokens) {
             let tokens = schedule.chunk_tokens.min(max_tokens - first);
-            let params = backend.create_buffer("params", 16, true)?;
-            backend.write(&params, 0, &[0, first as u32, tokens as u32, 0])?;
+            let entries = if first == 0 { 1 + tokens.min(COUNTED_TOKENS) } else { 1 };
+            let mut words = vec![0; entries * PARAMS_STRIDE / 4];
+            for (entry, words) in words.chunks_exact_mut(PARAMS_STRIDE / 4).enumerate() {
+                words[..3].copy_from_slice(&[entry as u32, first as u32, tokens as u32]);
+            }
+            let params = backend.create_buffer("params", 4 * words.len() as u64, true)?;
+            backend.write(&params, 0, &words)?;
             let mut bindings = vec![];
             for (bucket, kernel_of) in schedule.buckets.iter().zip(kernel_of) {
                 let mut row = vec![];
@@ -688,7 +702,13 @@ impl<B: Backend> Bound<B> {
                     "correct the offset of the count",
                 ));
             }
-            backend.copy_word(encoder, from, &chunk.params);
+            let params = match *tokens {
+                Tokens::Host(count) if chunk.first == 0 && count <= COUNTED_TOKENS => (count * PARAMS_STRIDE) as u32,
+                Tokens::Host(_) | Tokens::Device(_, _) => {
+                    backend.copy_word(encoder, from, &chunk.params);
+                    0
+                }
+            };
             let tokens = chunk.tokens.min(count - chunk.first);
             let bucket = schedule.bucket(tokens);
             let steps = schedule.buckets[bucket].steps.iter().enumerate();
@@ -696,6 +716,7 @@ impl<B: Backend> Bound<B> {
                 kernel: &kernels[kernel_of[bucket][at]],
                 binding: &chunk.bindings[bucket][at],
                 workgroups: step.grid.workgroups(tokens),
+                params,
             });
             backend.launch(encoder, &mut launches)?;
         }

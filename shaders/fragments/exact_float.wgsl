@@ -44,10 +44,11 @@ fn divide(dividend: u32, divisor: u32) -> u32 {
         above.mantissa <<= 1u;
         exponent -= 1;
     }
-    // An estimate, at most some units off, and its exact remainder: it fits the low word of the product.
+    // An estimate, at most 4 units off (2.5 of the division, 1 of the cut), and its exact remainder: it fits the low
+    // word of the product.
     var quotient = u32(f32(above.mantissa) / f32(below.mantissa) * 8388608.0);
     var rest = bitcast<i32>((above.mantissa << 23u) - quotient * below.mantissa);
-    for (var step = 0u; step < 16u; step++) {
+    for (var step = 0u; step < 5u; step++) {
         if rest < 0 {
             quotient -= 1u;
             rest += i32(below.mantissa);

@@ -36,4 +36,9 @@ fn allow_groups(index: u32) {
         group_allowed[group] = select(0u, 1u, rank < TOPK_GROUP);
     }
     workgroupBarrier();
+    // The keys of the others are below every number's. Nobody reads them but in comparisons.
+    for (var e = index; e < SELECTABLE; e += WORKGROUP) {
+        keys[e] = select(0u, keys[e], is_allowed(e));
+    }
+    workgroupBarrier();
 }

@@ -15,10 +15,12 @@ fn routed_sum(token: u32, col: u32) -> f32 {
         previous = next_slot(token * TOP_K, previous);
         let slot = token * TOP_K + u32(previous);
         let chosen = row_slots[slot];
+        // Read whether it counts or not, so that the reads of all slots are under way together.
+        let row = expert_out[slot * HIDDEN_SIZE + col];
         if chosen >= i32(NUM_SLOTS) {
             sum = add_zero_expert(sum, slot, token * HIDDEN_SIZE + col);
         } else if chosen >= 0 {
-            sum = round_step(sum + weighted_row(output_weight(slot), expert_out[slot * HIDDEN_SIZE + col]));
+            sum = round_step(sum + weighted_row(output_weight(slot), row));
         }
     }
     return sum;

@@ -1,4 +1,5 @@
 const WEIGHTS_PER_VEC: u32 = 32u;
+const WEIGHT_FACTOR: f32 = 1.0;
 
 // E2M1 in the low four bits: below 1 twice what lies above 0.5. Twin: numerics::decode_e2m1.
 fn decode_e2m1(code: u32) -> f32 {
@@ -21,4 +22,8 @@ fn weight_quad(words: vec4<u32>, quad: u32) -> vec4<f32> {
 // One of the weights of a word.
 fn weight_one(word: u32, which: u32) -> f32 {
     return decode_e2m1(word >> (4u * which));
+}
+
+fn weight_nans(words: vec4<u32>) -> u32 {
+    return 0u;
 }

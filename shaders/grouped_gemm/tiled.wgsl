@@ -1,5 +1,5 @@
 // grouped_gemm, many rows: out[r, f] = finish(W[slot of r] rows[r / INPUT_DIVISOR]).
-// One workgroup: TILE_M rows of one group x TILE_N rows of its packed matrix, 4 x 4 results an invocation.
+// One workgroup: 64 rows of one group x TILE_N rows of its packed matrix, 4 x 4 results an invocation.
 // Rows come by index from tile_row, results go back to the same index: nothing is gathered or padded.
 // Packed matrix: see span.wgsl; with PAIR = 2 its rows alternate gate and up, FEATURE_ROWS of them yield a feature.
 // Rows of codes (K_BLOCK > 0): one sum a K block, scaled, then added; else each weight is scaled as it is staged.
@@ -9,7 +9,6 @@ const TILE_K: u32 = 16u;
 const WEIGHTS_PER_WORD: u32 = WEIGHTS_PER_VEC / 4u;
 // Quads of a staged column: 16 for 64 rows, and one more so that the columns begin in different banks.
 const STRIDE: u32 = 17u;
-const_assert TILE_M == 64u;
 
 // [column][quad of rows], both operands.
 var<workgroup> a_tile: array<vec4<f32>, TILE_K * STRIDE>;

@@ -5,19 +5,20 @@
 // score_row leaves 0 there for such a score, else 1 + its bits if it is subnormal: devices flush those to 0,
 // but they are distinct keys.
 // Twin: src/kernels/topk_routing.rs
-const WORKGROUP: u32 = 64u;
-
 var<workgroup> scores: array<f32, ROUTER_OUTPUTS>;
 var<workgroup> keys: array<u32, ROUTER_OUTPUTS>;
 var<workgroup> chosen: array<u32, TOP_K>;
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) index: u32) {
     let token = workgroup.y;
     if token >= token_count() {
         return;
     }
     let base = token * ROUTER_OUTPUTS;
+    if index < TOP_K {
+        chosen[index] = 0u;
+    }
     score_row(base, index);
     for (var e = index; e < SELECTABLE; e += WORKGROUP) {
         if keys[e] != 0u {

@@ -56,7 +56,8 @@ pub fn fill<B: Host>(host: &B, matrix: &PackedMatrix, spans: &B::Buffer, segment
     let binding = host.bind(&kernel, &[slice(spans), slice(segment)])?;
     // Several vectors an invocation, whatever the size.
     const WORKGROUPS: u32 = 256;
-    let launch = Launch { kernel: &kernel, binding: &binding, workgroups: [WORKGROUPS, matrix.groups as u32, 1] };
+    let launch =
+        Launch { kernel: &kernel, binding: &binding, workgroups: [WORKGROUPS, matrix.groups as u32, 1], params: 0 };
     let mut encoder = host.encoder();
     host.launch(&mut encoder, &mut std::iter::once(launch))?;
     host.submit(encoder)
@@ -118,7 +119,7 @@ pub fn read_rate<B: Host>(host: &B, bytes: u64) -> Result<f64> {
     }
     let record = &mut |encoder: &mut B::Encoder, _| {
         let workgroups = [WORKGROUPS as u32, 1, 1];
-        let launch = |binding| Launch { kernel: &kernel, binding, workgroups };
+        let launch = |binding| Launch { kernel: &kernel, binding, workgroups, params: 0 };
         host.launch(encoder, &mut bindings.iter().map(launch))
     };
     let (seconds, _) = host.time(RUNS, record)?;

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use super::pack::{PackedBlocks, PackedMatrix, SPAN_WORDS};
 use super::quantize::ScaleLayout;
 use super::{
-    Access, Arguments, Fragment, PARAMS, Source, Value, decode_value, input_fragments, read, round_fragments, shader,
-    unique, write,
+    Access, Arguments, Binding, Fragment, PARAMS, Source, Value, decode_value, input_fragments, read, round_fragments,
+    shader, unique, write,
 };
 use crate::error::Result;
 use crate::numerics;
@@ -23,7 +23,9 @@ pub const TILE_ROWS: usize = 64;
 /// Columns of a tile of the tiled kernel, in packed rows.
 pub const TILE_COLS: usize = 64;
 /// Vectors of 4 columns that the gemv kernel stages at once: 8 KiB.
-const STAGE_QUADS: u32 = 512;
+const STAGE_QUADS: usize = 512;
+/// Likewise the kernel of some rows, of all of them: 12 KiB.
+const ROWS_STAGE_QUADS: usize = 768;
 
 /// Which matrix a row meets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +56,30 @@ pub enum GemmVariant {
         /// Matrix rows of a workgroup.
         tile_rows: u32,
     },
+    /// One workgroup for some matrix rows and 2, 4 or 8 rows of a group, for which it decodes a weight once.
+    Rows {
+        /// Invocations of a workgroup.
+        workgroup_size: u32,
+        /// Invocations that share a matrix row: a power of two.
+        lanes: u32,
+        /// Matrix rows of a workgroup.
+        tile_rows: u32,
+        /// Rows of a group: 2, 4 or 8.
+        rows: usize,
+    },
     /// One workgroup for 64 rows of a group and 64 matrix rows.
     Tiled,
+}
+
+impl GemmVariant {
+    /// Most rows of a tile, where it walks tiles.
+    pub fn tile_rows(self) -> Option<usize> {
+        match self {
+            Self::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } => None,
+            Self::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows } => Some(rows),
+            Self::Tiled => Some(TILE_ROWS),
+        }
+    }
 }
 
 /// What the rows that enter hold.
@@ -115,6 +139,8 @@ pub struct GroupedGemm {
     pub epilogue: Epilogue,
     /// T, where anything is rounded.
     pub model: FloatType,
+    /// Whether the device unpacks each binary16 exactly.
+    pub exact_halves: bool,
 }
 
 /// What a GEMM does with its sums, bias included.
@@ -202,16 +228,30 @@ impl GroupedGemm {
         group.into_iter().chain(weights).min()
     }
 
-    /// Vectors that the gemv kernel sums before a scale acts.
-    fn vecs_per_run(&self) -> usize {
-        let per_vec = self.layout().codes_per_vec();
-        self.k_block().map_or(1, |block| (block / per_vec).max(1))
+    /// Vectors of 16 bytes of a packed row.
+    pub fn vecs_per_row(&self) -> usize {
+        self.layout().vecs_per_row()
     }
 
-    /// Runs of a row, and how many of them the gemv kernel stages at once.
-    pub fn runs(&self) -> [usize; 2] {
-        let staged = 4 * STAGE_QUADS as usize / self.layout().codes_per_vec();
-        [self.layout().vecs_per_row().div_ceil(self.vecs_per_run()), staged / self.vecs_per_run()]
+    /// Vectors of a packed row that meet what the kernel of `rows` rows stages at once.
+    pub fn staged_vecs(&self, rows: usize) -> usize {
+        (4 * ROWS_STAGE_QUADS / rows / self.layout().codes_per_vec()).min(self.vecs_per_row())
+    }
+
+    /// Vectors of 16 bytes of an entering row that meet one of a packed row, where the gemv kernel reads them from
+    /// memory; `None` where it stages the entering row first, because it is weighted, no whole vectors, or longer
+    /// than the caches' lines favour.
+    fn input_vecs(&self) -> Option<usize> {
+        let bits = match self.input {
+            RowValues::Floats(FloatType::F32) => 32,
+            // Built from their bits, a value each.
+            RowValues::Floats(FloatType::F16) => return None,
+            RowValues::Floats(FloatType::Bf16) => 16,
+            RowValues::Codes { code: _, group: _, scales: _ } => 8,
+        };
+        let per_vec = self.layout().codes_per_vec();
+        let whole = self.cols.is_multiple_of(per_vec) && self.weigh_input.is_none() && per_vec * bits % 128 == 0;
+        Some(per_vec * bits / 128).filter(|vecs| whole && (1..=2).contains(vecs))
     }
 
     fn rows_per_token(&self) -> usize {
@@ -238,34 +278,32 @@ impl GroupedGemm {
     pub(super) fn source(&self) -> Source {
         let layout = self.layout();
         let mut constants = vec![
-            ("COLS", Value::U32(self.cols as u32)),
             ("OUT_COLS", Value::U32(self.features() as u32)),
             ("FEATURE_ROWS", Value::U32(self.feature_rows() as u32)),
             ("VECS_PER_ROW", Value::U32(layout.vecs_per_row() as u32)),
             ("INPUT_DIVISOR", Value::U32(self.input_divisor as u32)),
-            ("INPUT_STRIDE", Value::U32(self.input.stride(self.cols) as u32)),
         ];
+        let direct = match self.variant {
+            GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } => self.input_vecs(),
+            GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ } | GemmVariant::Tiled => None,
+        };
+        if direct.is_none() {
+            constants.push(("COLS", Value::U32(self.cols as u32)));
+            constants.push(("INPUT_STRIDE", Value::U32(self.input.stride(self.cols) as u32)));
+        }
         let mut bindings = vec![
             PARAMS,
-            read("rows", "array<u32>"),
+            read("rows", if direct.is_some() { "array<vec4<u32>>" } else { "array<u32>" }),
             read("segment", "array<vec4<u32>>"),
             read("spans", "array<vec4<u32>>"),
             write("out", "array<f32>"),
         ];
         let mut fragments = vec![shader!("fragments/params.wgsl"), shader!("fragments/span.wgsl")];
+        fragments.extend(self.row_fragments(direct.is_some()));
         match self.input {
-            RowValues::Floats(float_type) => {
-                fragments.extend(input_fragments(float_type));
-                fragments.push(shader!("fragments/input_scale_none.wgsl"));
-            }
-            RowValues::Codes { code, group, scales } => {
+            RowValues::Floats(_) => fragments.push(shader!("fragments/input_scale_none.wgsl")),
+            RowValues::Codes { code: _, group, scales } => {
                 bindings.push(read("input_scales", "array<u32>"));
-                fragments.extend(match code {
-                    ActivationCode::E4m3 => {
-                        vec![shader!("fragments/decode_e4m3.wgsl"), shader!("fragments/input_e4m3.wgsl")]
-                    }
-                    ActivationCode::Int8 => vec![shader!("fragments/input_int8.wgsl")],
-                });
                 match group {
                     None => fragments.push(shader!("fragments/input_scale_row.wgsl")),
                     Some(group) => {
@@ -283,7 +321,7 @@ impl GroupedGemm {
                 }
             }
         }
-        weight_fragments(&layout, &mut constants, &mut fragments);
+        weight_fragments(&layout, self.exact_halves, &mut constants, &mut fragments);
         fragments.push(if self.bias {
             shader!("fragments/bias_rows.wgsl")
         } else {
@@ -334,9 +372,20 @@ impl GroupedGemm {
                 constants.push(("WORKGROUP_SIZE", Value::U32(workgroup_size)));
                 constants.push(("LANES", Value::U32(lanes)));
                 constants.push(("TILE_ROWS", Value::U32(tile_rows)));
-                constants.push(("STAGE_QUADS", Value::U32(STAGE_QUADS)));
+                constants.push(("QUADS", Value::U32(layout.codes_per_vec() as u32 / 4)));
                 constants.push(("SCALES_PER_VEC", Value::U32(layout.scales_per_vec() as u32)));
-                constants.push(("VECS_PER_RUN", Value::U32(self.vecs_per_run() as u32)));
+                fragments.push(match direct {
+                    None => {
+                        constants.push(("STAGE_QUADS", Value::U32(STAGE_QUADS as u32)));
+                        shader!("fragments/entering_staged.wgsl")
+                    }
+                    Some(vecs) => {
+                        let row = layout.vecs_per_row() * vecs;
+                        constants.push(("INPUT_VECS", Value::U32(vecs as u32)));
+                        constants.push(("INPUT_ROW_VECS", Value::U32(row as u32)));
+                        shader!("fragments/entering_direct.wgsl")
+                    }
+                });
                 constants.push(("PAIR", Value::U32(self.pair as u32)));
                 constants.push(("FILL_ABSENT", Value::Bool(self.fill_absent)));
                 match rows {
@@ -350,32 +399,58 @@ impl GroupedGemm {
                         fragments.push(shader!("fragments/group_routed.wgsl"));
                     }
                 }
-                fragments.push(shader!("grouped_gemm/gemv.wgsl"));
+                fragments.extend([shader!("fragments/quartet.wgsl"), shader!("grouped_gemm/gemv.wgsl")]);
+            }
+            (GemmVariant::Rows { workgroup_size, lanes, tile_rows, rows }, source) => {
+                constants.push(("WORKGROUP_SIZE", Value::U32(workgroup_size)));
+                constants.push(("LANES", Value::U32(lanes)));
+                constants.push(("TILE_ROWS", Value::U32(tile_rows)));
+                constants.push(("ROWS", Value::U32(rows as u32)));
+                constants.push(("STAGE_QUADS", Value::U32((ROWS_STAGE_QUADS / rows) as u32)));
+                constants.push(("QUADS", Value::U32(layout.codes_per_vec() as u32 / 4)));
+                constants.push(("SCALES_PER_VEC", Value::U32(layout.scales_per_vec() as u32)));
+                constants.push(("PAIR", Value::U32(self.pair as u32)));
+                tile_source(source, rows, &mut constants, &mut bindings, &mut fragments);
+                fragments.extend([
+                    shader!("fragments/quartet.wgsl"),
+                    shader!("fragments/rows_staged.wgsl"),
+                    shader!("grouped_gemm/rows.wgsl"),
+                ]);
             }
             (GemmVariant::Tiled, rows) => {
-                constants.push(("TILE_M", Value::U32(TILE_ROWS as u32)));
                 constants.push(("BLOCK_SUMS", Value::Bool(self.k_block().is_some())));
                 constants.push(("K_BLOCK", Value::U32(self.k_block().unwrap_or(self.cols) as u32)));
                 if layout.blocks().is_some() {
                     constants.push(("PAIR", Value::U32(self.pair as u32)));
                 }
-                match rows {
-                    RowSource::Direct { groups } => {
-                        constants.push(("GROUPS", Value::U32(groups as u32)));
-                        fragments.push(shader!("fragments/tiles_direct.wgsl"));
-                    }
-                    RowSource::Routed { top_k: _, num_slots: _ } => {
-                        bindings.extend([read("sorted_rows", "array<u32>"), read("tiles", "array<vec4<u32>>")]);
-                        fragments.push(shader!("fragments/tiles_permuted.wgsl"));
-                        // The list of tiles says how many rows there are.
-                        bindings.retain(|binding| binding.access != Access::Uniform);
-                        fragments.retain(|fragment| fragment.path != "fragments/params.wgsl");
-                    }
-                }
+                tile_source(rows, TILE_ROWS, &mut constants, &mut bindings, &mut fragments);
                 fragments.push(shader!("grouped_gemm/tiled.wgsl"));
             }
         }
         Source { constants, bindings, fragments: unique(fragments) }
+    }
+
+    /// What reads the rows that enter: from memory by vectors, or value by value.
+    fn row_fragments(&self, direct: bool) -> Vec<Fragment> {
+        match (self.input, direct) {
+            (RowValues::Floats(float_type), false) => input_fragments(float_type),
+            (RowValues::Floats(FloatType::Bf16), true) => vec![shader!("fragments/direct_bf16.wgsl")],
+            (RowValues::Floats(FloatType::F32 | FloatType::F16), true) => vec![shader!("fragments/direct_f32.wgsl")],
+            (RowValues::Codes { code: ActivationCode::E4m3, group: _, scales: _ }, false) => {
+                vec![shader!("fragments/decode_e4m3.wgsl"), shader!("fragments/input_e4m3.wgsl")]
+            }
+            (RowValues::Codes { code: ActivationCode::E4m3, group: _, scales: _ }, true) => {
+                let mut fragments = four_e4m3(self.exact_halves).to_vec();
+                fragments.push(shader!("fragments/direct_e4m3.wgsl"));
+                fragments
+            }
+            (RowValues::Codes { code: ActivationCode::Int8, group: _, scales: _ }, false) => {
+                vec![shader!("fragments/input_int8.wgsl")]
+            }
+            (RowValues::Codes { code: ActivationCode::Int8, group: _, scales: _ }, true) => {
+                vec![shader!("fragments/direct_int8.wgsl")]
+            }
+        }
     }
 
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
@@ -384,7 +459,9 @@ impl GroupedGemm {
         let spans = arguments.read("spans")?;
         let slots: Vec<i32> = match (self.variant, self.rows) {
             (
-                GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } | GemmVariant::Tiled,
+                GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ }
+                | GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
+                | GemmVariant::Tiled,
                 RowSource::Direct { groups },
             ) => (0..arguments.tokens()? * groups).map(|row| (row % groups) as i32).collect(),
             (
@@ -394,7 +471,10 @@ impl GroupedGemm {
                 let slots = &arguments.read_i32("row_slots")?[..arguments.tokens()? * top_k];
                 slots.iter().map(|&slot| if slot < num_slots as i32 { slot } else { -1 }).collect()
             }
-            (GemmVariant::Tiled, RowSource::Routed { top_k: _, num_slots: _ }) => {
+            (
+                GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ } | GemmVariant::Tiled,
+                RowSource::Routed { top_k: _, num_slots: _ },
+            ) => {
                 let sorted_rows = arguments.read("sorted_rows")?;
                 let tiles = arguments.read("tiles")?;
                 let mut slots = vec![-1; sorted_rows.len()];
@@ -711,19 +791,65 @@ fn lane_dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
+/// Where the tiles of at most `tile_rows` rows come from.
+fn tile_source(
+    rows: RowSource,
+    tile_rows: usize,
+    constants: &mut Vec<(&'static str, Value)>,
+    bindings: &mut Vec<Binding>,
+    fragments: &mut Vec<Fragment>,
+) {
+    match rows {
+        RowSource::Direct { groups } => {
+            constants.push(("TILE_M", Value::U32(tile_rows as u32)));
+            constants.push(("GROUPS", Value::U32(groups as u32)));
+            fragments.push(shader!("fragments/tiles_direct.wgsl"));
+        }
+        RowSource::Routed { top_k: _, num_slots: _ } => {
+            bindings.extend([read("sorted_rows", "array<u32>"), read("tiles", "array<vec4<u32>>")]);
+            fragments.push(shader!("fragments/tiles_permuted.wgsl"));
+            // The list of tiles says how many rows there are.
+            bindings.retain(|binding| binding.access != Access::Uniform);
+            fragments.retain(|fragment| fragment.path != "fragments/params.wgsl");
+        }
+    }
+}
+
+/// Four codes of a word at once, and one.
+fn four_e4m3(exact_halves: bool) -> [Fragment; 2] {
+    let four = match exact_halves {
+        true => shader!("fragments/four_e4m3_halves.wgsl"),
+        false => shader!("fragments/four_e4m3_bits.wgsl"),
+    };
+    [shader!("fragments/decode_e4m3.wgsl"), four]
+}
+
 /// Decoding of codes, and their scales.
-fn weight_fragments(layout: &PackedMatrix, constants: &mut Vec<(&'static str, Value)>, fragments: &mut Vec<Fragment>) {
+fn weight_fragments(
+    layout: &PackedMatrix,
+    exact_halves: bool,
+    constants: &mut Vec<(&'static str, Value)>,
+    fragments: &mut Vec<Fragment>,
+) {
     let Parts { code, blocks: _, row_scale } = layout.parts;
     match code {
         Code::F32 => fragments.push(shader!("fragments/weight_f32.wgsl")),
         Code::F16 => {
-            fragments.extend([shader!("fragments/decode_f16.wgsl"), shader!("fragments/weight_f16.wgsl")]);
+            let all = match exact_halves {
+                true => shader!("fragments/weight_f16_halves.wgsl"),
+                false => shader!("fragments/weight_f16.wgsl"),
+            };
+            fragments.extend([shader!("fragments/decode_f16.wgsl"), all]);
         }
         Code::Bf16 => fragments.push(shader!("fragments/weight_bf16.wgsl")),
         Code::E4m3 => {
-            fragments.extend([shader!("fragments/decode_e4m3.wgsl"), shader!("fragments/weight_e4m3.wgsl")]);
+            fragments.extend(four_e4m3(exact_halves));
+            fragments.push(shader!("fragments/weight_e4m3.wgsl"));
         }
-        Code::E2m1 => fragments.push(shader!("fragments/weight_e2m1.wgsl")),
+        Code::E2m1 => fragments.push(match exact_halves {
+            true => shader!("fragments/weight_e2m1_halves.wgsl"),
+            false => shader!("fragments/weight_e2m1.wgsl"),
+        }),
         Code::Int8 => fragments.push(shader!("fragments/weight_int8.wgsl")),
         Code::Int4 => {
             constants.push(("CODE_ZERO", Value::F32(8.0)));

@@ -3,7 +3,6 @@
 //! `row_slots` `[rows]` to `sorted_rows` `[rows]` and `tiles` [1 + tiles] of (slot, first position, rows, 0),
 //! where `tiles[0].x` counts the rest. Slots outside `0..num_slots` are left out. Exact.
 
-use super::grouped_gemm::TILE_ROWS;
 use super::{Arguments, PARAMS, Source, Value, read, shader, write};
 use crate::error::Result;
 
@@ -14,12 +13,14 @@ pub struct Permute {
     pub num_slots: usize,
     /// k.
     pub top_k: usize,
+    /// Most rows of a tile.
+    pub tile_rows: usize,
 }
 
 impl Permute {
     /// Most tiles that `rows` rows can make.
     pub fn max_tiles(&self, rows: usize) -> usize {
-        rows.min(rows / TILE_ROWS + self.num_slots)
+        rows.min(rows / self.tile_rows + self.num_slots)
     }
 
     /// A count a slot and two scans.
@@ -28,12 +29,12 @@ impl Permute {
     }
 
     pub(super) fn source(&self) -> Source {
-        let Self { num_slots, top_k } = self;
+        let Self { num_slots, top_k, tile_rows } = self;
         Source {
             constants: vec![
                 ("NUM_SLOTS", Value::U32(*num_slots as u32)),
                 ("ROWS_PER_TOKEN", Value::U32(*top_k as u32)),
-                ("TILE_M", Value::U32(TILE_ROWS as u32)),
+                ("TILE_M", Value::U32(*tile_rows as u32)),
             ],
             bindings: vec![
                 PARAMS,
@@ -57,9 +58,9 @@ impl Permute {
                 sorted_rows[position] = row as u32;
                 position += 1;
             }
-            for begin in (first..position).step_by(TILE_ROWS) {
+            for begin in (first..position).step_by(self.tile_rows) {
                 count += 1;
-                let rows = TILE_ROWS.min(position - begin);
+                let rows = self.tile_rows.min(position - begin);
                 let tile = [slot as u32, begin as u32, rows as u32, 0];
                 tiles[4 * count..4 * count + 4].copy_from_slice(&tile);
             }

@@ -86,7 +86,20 @@ impl TopkRouting {
     /// Scores, keys, the chosen, two words a group, and the softmax's three scans.
     pub(super) fn workgroup_bytes(&self) -> usize {
         let groups = self.parts().groups.map_or(0, |groups| groups.n_group);
-        4 * (2 * self.router_outputs + self.top_k + 2 * groups + 3 * 64)
+        4 * (2 * self.router_outputs + self.top_k + 2 * groups + 3 * self.workgroup())
+    }
+
+    /// Whether a table says which experts a token has.
+    pub fn reads_table(&self) -> bool {
+        self.parts().vocab_size.is_some()
+    }
+
+    /// Invocations: one for each output, where there may be so many and memory is left for their scans.
+    fn workgroup(&self) -> usize {
+        match self.router_outputs {
+            outputs @ ..=512 => outputs.next_power_of_two().clamp(64, 256),
+            _ => 64,
+        }
     }
 
     pub(super) fn source(&self) -> Source {
@@ -94,6 +107,7 @@ impl TopkRouting {
         // One of the two types is T or both are f32: the spec has one T.
         let model = if self.logits == FloatType::F32 { self.weights } else { self.logits };
         let mut constants = vec![
+            ("WORKGROUP", Value::U32(self.workgroup() as u32)),
             ("ROUTER_OUTPUTS", Value::U32(self.router_outputs as u32)),
             ("SELECTABLE", Value::U32(self.selectable as u32)),
             ("NUM_EXPERTS", Value::U32(self.num_experts as u32)),

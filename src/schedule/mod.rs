@@ -20,6 +20,9 @@ pub struct DeviceFacts {
     pub max_binding_bytes: u64,
     /// Largest number of workgroups in one dimension.
     pub max_workgroups: u32,
+    /// Whether the device has proved that it unpacks each binary16 exactly, subnormals and NaN included: what WGSL
+    /// leaves to it.
+    pub exact_halves: bool,
 }
 
 /// What the caller chooses. Changes no result beyond the order of sums.
@@ -27,8 +30,8 @@ pub struct DeviceFacts {
 pub struct Options {
     /// Bound on one weight buffer, if below the device's.
     pub segment_bytes: Option<u64>,
-    /// Up to how many tokens the matrix-vector kernels are used; 0 is never.
-    pub decode_tokens: usize,
+    /// How GEMMs are cut; `None` for each call by how many rows a matrix has in the mean.
+    pub cut: Option<Cut>,
     /// Whether an activation and the quantisation behind it are one step where that means the same.
     pub fuse_quantization: bool,
     /// Whether steps that count what explains accuracy are planned; see [`Diagnostics`]. They change no result.
@@ -37,13 +40,51 @@ pub struct Options {
 
 impl Options {
     /// The library's own choice.
-    pub const AUTO: Self =
-        Self { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: true, diagnostics: false };
+    pub const AUTO: Self = Self { segment_bytes: None, cut: None, fuse_quantization: true, diagnostics: false };
 }
 
-/// Up to this many tokens most experts that are touched are touched by one row, so a tile of 64
-/// rows would be empty: the matrix-vector kernel reads each weight as often and does less.
-pub const DECODE_TOKENS: usize = 8;
+/// How many rows meet a weight that is read and decoded once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// One.
+    Gemv,
+    /// Two.
+    Pairs,
+    /// Four.
+    Quads,
+    /// Eight.
+    Octets,
+    /// Sixty-four, from a tile in workgroup memory.
+    Tiles,
+}
+
+impl Cut {
+    /// Every one, from few rows to many.
+    pub const ALL: [Self; 5] = [Self::Gemv, Self::Pairs, Self::Quads, Self::Octets, Self::Tiles];
+
+    /// Rows of a matrix, in the mean over all matrices, up to which it is chosen: beyond, what its tiles leave out
+    /// costs more than what larger ones would compute for nothing. Measured on an H100 (benches/NOTES.md).
+    pub fn most_mean_rows(self) -> f64 {
+        match self {
+            Self::Gemv => 0.5,
+            Self::Pairs => 2.0,
+            Self::Quads => 8.0,
+            Self::Octets => 48.0,
+            Self::Tiles => f64::INFINITY,
+        }
+    }
+
+    /// Most rows of a tile.
+    pub fn tile_rows(self) -> usize {
+        match self {
+            Self::Gemv => 1,
+            Self::Pairs => 2,
+            Self::Quads => 4,
+            Self::Octets => 8,
+            Self::Tiles => TILE_ROWS,
+        }
+    }
+}
 
 /// The kernels, constants, buffers and grids of a layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -279,8 +320,13 @@ pub enum Extent {
         /// Bound.
         limit: usize,
     },
-    /// Tiles of one group's tokens, for so many groups.
-    GroupTiles(usize),
+    /// Tiles of one group's tokens, of at most so many rows, for so many groups.
+    GroupTiles {
+        /// Groups.
+        groups: usize,
+        /// Rows of a tile.
+        rows: usize,
+    },
     /// Bound on the tiles that a permutation of the rows can make.
     Tiles(Permute),
 }
@@ -291,7 +337,7 @@ impl Extent {
         let count = match self {
             Self::Fixed(count) => count,
             Self::PerToken { items, per, limit } => (tokens * items).div_ceil(per).min(limit),
-            Self::GroupTiles(groups) => groups * tokens.div_ceil(TILE_ROWS),
+            Self::GroupTiles { groups, rows } => groups * tokens.div_ceil(rows),
             Self::Tiles(permute) => permute.max_tiles(tokens * permute.top_k),
         };
         // `lower` has checked each extent at `chunk_tokens` against the device's limit.

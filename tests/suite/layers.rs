@@ -9,7 +9,7 @@ use moewe::spec::*;
 use moewe::{Options, Plan, Wgpu};
 
 use crate::random::{CPU_SAMPLES, GPU_SAMPLES, Sample, samples, specs};
-use crate::rig::{AUTO, GEMV, LayerInputs, RandomLayer, TILED, deepseek_like, gpu, segmented};
+use crate::rig::{AUTO, CUTS, GEMV, LayerInputs, RandomLayer, TILED, deepseek_like, gpu, segmented};
 
 /// Largest |a - b| relative to the row's largest value: a row is a sum of products of one size, so its rounding
 /// errors have the size of its largest terms. An exponential of x errs by 3 + 2|x| ulp, and x has some tens; a
@@ -268,7 +268,7 @@ fn random_layers_agree_with_the_reference() {
 fn each_kernel_takes_each_number_of_tokens() {
     let layer = RandomLayer::new(deepseek_like(), 1);
     for tokens in [0, 1, 2, 3, 4, 5, 127, 128, 129] {
-        for options in [AUTO, GEMV, TILED] {
+        for options in [AUTO].into_iter().chain(CUTS) {
             check(&layer, tokens, &options, &format!("{tokens} tokens, {options:?}"));
         }
     }
@@ -282,13 +282,8 @@ fn weights_may_be_cut_into_segments_of_any_size() {
         spec.experts.format = format;
         let layer = RandomLayer::new(spec.clone(), 2);
         for segment_bytes in [512, 1000, 4096, 64 << 10] {
-            for decode_tokens in [0, usize::MAX] {
-                let options = Options {
-                    segment_bytes: Some(segment_bytes),
-                    decode_tokens,
-                    fuse_quantization: true,
-                    diagnostics: false,
-                };
+            for base in CUTS {
+                let options = Options { segment_bytes: Some(segment_bytes), ..base };
                 check(&layer, 70, &options, &format!("{segment_bytes} bytes, {format:?}"));
             }
         }
@@ -300,10 +295,9 @@ fn an_expert_may_be_cut_between_segments_at_a_tile() {
     let mut spec = deepseek_like();
     spec.hidden_size = 256;
     spec.experts.intermediate_size = 150;
-    for decode_tokens in [0, usize::MAX] {
+    for base in CUTS {
         // A segment holds 127 rows, of which the cut takes 64: the rest must begin another segment.
-        let options =
-            Options { segment_bytes: Some(64 << 10), decode_tokens, fuse_quantization: true, diagnostics: false };
+        let options = Options { segment_bytes: Some(64 << 10), ..base };
         check(&RandomLayer::new(spec.clone(), 2), 20, &options, "64 KiB");
     }
 }
@@ -347,7 +341,8 @@ fn token_chunks_give_the_same_rows() {
     let (hidden_states, _) = layer.inputs(tokens, 8);
     let want = layer.reference(&hidden_states, None);
     // A binding of 70,000 bytes holds the expert rows of 145 tokens: chunks of 128.
-    let facts = DeviceFacts { backend: "small", max_binding_bytes: 70_000, max_workgroups: 65_535 };
+    let facts =
+        DeviceFacts { backend: "small", max_binding_bytes: 70_000, max_workgroups: 65_535, exact_halves: false };
     let cpu = layer.on_cpu(tokens, &AUTO, Some(facts));
     assert_eq!(cpu.plan().schedule().chunk_tokens, 128);
     let inputs = Inputs::of(&hidden_states);
@@ -497,7 +492,7 @@ pub fn ids_and_weights_of_a_caller(count: usize) {
         let routed =
             reference::Routed { logits: vec![], topk_ids, topk_weights, shared_weights, router_states: vec![] };
         let want = reference::experts(&layer.spec, &layer.weights(), inputs.view(), &routed).unwrap();
-        for options in [GEMV, TILED] {
+        for options in CUTS {
             for (name, got) in [
                 ("cpu", run(Cpu::new(), &layer, &options, &inputs, &routed)),
                 ("wgpu", run(gpu().clone(), &layer, &options, &inputs, &routed)),

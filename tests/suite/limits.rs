@@ -47,7 +47,12 @@ fn holds(schedule: &Schedule, facts: &DeviceFacts, segment_bytes: u64) {
 fn weights_of_a_real_layer_are_cut_into_segments_of_any_size() {
     // 64 KiB, WebGPU's default of 128 MiB, and the 2 GiB of large adapters.
     let counts = [64 << 10, 128 << 20, (2 << 30) - 4].map(|bytes: u64| {
-        let facts = DeviceFacts { backend: "test", max_binding_bytes: bytes.max(128 << 20), max_workgroups: 65_535 };
+        let facts = DeviceFacts {
+            backend: "test",
+            max_binding_bytes: bytes.max(128 << 20),
+            max_workgroups: 65_535,
+            exact_halves: false,
+        };
         let options = Options { segment_bytes: Some(bytes), ..AUTO };
         // A row of 7168 bf16 values has 14 KiB: four fit a segment of 64 KiB. One expert of such cuts is enough.
         let mut spec = deepseek_v3();
@@ -66,7 +71,8 @@ fn weights_of_a_real_layer_are_cut_into_segments_of_any_size() {
 #[test]
 fn rows_times_widths_beyond_31_bits_are_cut_into_chunks() {
     // 65,536 tokens * 8 slots * 2 * 2048 features are 2^31; their bytes are 2^33.
-    let facts = DeviceFacts { backend: "test", max_binding_bytes: (2 << 30) - 4, max_workgroups: 65_535 };
+    let facts =
+        DeviceFacts { backend: "test", max_binding_bytes: (2 << 30) - 4, max_workgroups: 65_535, exact_halves: false };
     let tokens = 1 << 16;
     let schedule = lower(&deepseek_v3(), Scope::Layer, tokens, &facts, &TILED).unwrap();
     assert!(tokens * 8 * 2 * 2048 >= 1 << 31 && schedule.chunk_tokens < tokens);
@@ -81,7 +87,8 @@ fn rows_times_widths_beyond_31_bits_are_cut_into_chunks() {
 
 #[test]
 fn what_no_cut_can_make_fit_is_refused_by_name() {
-    let facts = DeviceFacts { backend: "test", max_binding_bytes: 1 << 20, max_workgroups: 65_535 };
+    let facts =
+        DeviceFacts { backend: "test", max_binding_bytes: 1 << 20, max_workgroups: 65_535, exact_halves: false };
     let refusal = lower(&deepseek_v3(), Scope::Layer, 4096, &facts, &AUTO).unwrap_err().to_string();
     assert!(refusal.contains("test does not support") && refusal.contains("binding"), "{refusal}");
 }

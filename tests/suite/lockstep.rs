@@ -6,7 +6,7 @@ use moewe::plan::Backend;
 use moewe::spec::*;
 use moewe::{Cpu, Options, Tokens, Wgpu};
 
-use crate::rig::{GEMV, RandomLayer, TILED, deepseek_like, gpu};
+use crate::rig::{CUTS, GEMV, OCTETS, PAIRS, QUADS, RandomLayer, TILED, deepseek_like, gpu};
 
 /// Rounding errors of an f32 sum of n terms of size 1 walk at random: sqrt(n) times half an ulp of the
 /// sum, some sixteen times that at worst over a whole buffer. Relative to the row's largest value.
@@ -168,7 +168,7 @@ fn every_step_equals_its_twin() {
     let formats = [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16, fp8([128, 128]), fp8([8, 16])];
     let types = [FloatType::F32, FloatType::F16, FloatType::Bf16, FloatType::Bf16, FloatType::F16];
     for (format, input) in formats.into_iter().zip(types) {
-        for options in [GEMV, TILED] {
+        for options in CUTS {
             let mut spec = deepseek_like();
             spec.experts.format = format;
             spec.experts.gate_up_bias = true;
@@ -215,12 +215,8 @@ fn wide_rows_equal_their_twins() {
             spec.experts.intermediate_size = 320;
             spec.experts.format = format;
             spec.shared = None;
-            for decode_tokens in [0, usize::MAX] {
-                walk(
-                    spec.clone(),
-                    3,
-                    &Options { segment_bytes, decode_tokens, fuse_quantization: true, diagnostics: false },
-                );
+            for base in CUTS {
+                walk(spec.clone(), 3, &Options { segment_bytes, ..base });
             }
         }
     }
@@ -276,9 +272,10 @@ fn quantised_rows_equal_their_twins() {
             shared.mlp.activation_quant = quant;
             shared.mlp.format = formats[(at + 1) % formats.len()].1;
         }
-        // Fused and not, with either kind of GEMM, in turn.
+        // Fused and not, with two kinds of GEMM, in turn.
         let even = at / every % 2 == 0;
-        for (options, fuse_quantization) in [(GEMV, even), (TILED, !even)] {
+        let [a, b] = [[GEMV, TILED], [PAIRS, QUADS], [OCTETS, TILED]][at / every / 2 % 3];
+        for (options, fuse_quantization) in [(a, even), (b, !even)] {
             walk(spec.clone(), 5, &Options { fuse_quantization, ..options });
         }
     }
@@ -298,7 +295,7 @@ fn diagnoses_equal_their_twins() {
                 spec.experts.format = format;
                 spec.experts.activation = activation;
                 spec.experts.activation_quant = quant;
-                spec.precision.output = [FloatType::F16, FloatType::Bf16][base.decode_tokens % 2];
+                spec.precision.output = if base == GEMV { FloatType::F16 } else { FloatType::Bf16 };
                 walk(spec, 9, &Options { diagnostics: true, ..base });
             }
         }

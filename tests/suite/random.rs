@@ -8,7 +8,7 @@ use moewe::Options;
 use moewe::spec::*;
 use rayon::prelude::*;
 
-use crate::rig::{GEMV, TILED, fits};
+use crate::rig::{CUTS, fits};
 
 const fn int4(group: Option<usize>, scale: ScaleFormat, zero_points: bool, act_order: bool) -> WeightFormat {
     WeightFormat::Int4 { group, scale, zero_points, act_order }
@@ -101,7 +101,7 @@ const LATENT_SIZES: [usize; 3] = [7, 20, 36];
 const TOKENS: [usize; 8] = [0, 1, 2, 3, 9, 33, 64, 65];
 /// Rows of a slot that enter in a batch.
 const CAPACITIES: [usize; 4] = [1, 3, 8, 70];
-const PATHS: [Options; 2] = [GEMV, TILED];
+const PATHS: [Options; 5] = CUTS;
 /// Products of the routed experts in one run: what a reference computes in a fraction of a second.
 const MOST_PRODUCTS: usize = 13_000_000;
 

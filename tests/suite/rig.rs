@@ -10,7 +10,7 @@ use moewe::host::{self, Limits, Session};
 use moewe::reference::{self, Inputs};
 use moewe::schedule::DeviceFacts;
 use moewe::spec::{MoeSpec, WeightFormat};
-use moewe::{Cpu, Matrix, MoeWeights, Options, Plan, Wgpu};
+use moewe::{Cpu, Cut, Matrix, MoeWeights, Options, Plan, Wgpu};
 
 #[allow(unused_imports, reason = "the benches use less of it")]
 pub use moewe::conformance::sample::{LayerInputs, deepseek_like, fits};
@@ -116,11 +116,21 @@ impl RandomLayer {
 /// The library's own choice of kernels.
 pub const AUTO: Options = Options::AUTO;
 /// The matrix-vector kernels for any number of tokens.
-pub const GEMV: Options =
-    Options { segment_bytes: None, decode_tokens: usize::MAX, fuse_quantization: true, diagnostics: false };
+pub const GEMV: Options = only(Cut::Gemv);
+/// The kernels of two rows a tile.
+pub const PAIRS: Options = only(Cut::Pairs);
+/// The kernels of four rows a tile.
+pub const QUADS: Options = only(Cut::Quads);
+/// The kernels of eight rows a tile.
+pub const OCTETS: Options = only(Cut::Octets);
 /// The tiled kernels for any number of tokens.
-pub const TILED: Options =
-    Options { segment_bytes: None, decode_tokens: 0, fuse_quantization: true, diagnostics: false };
+pub const TILED: Options = only(Cut::Tiles);
+/// Each way to cut a GEMM.
+pub const CUTS: [Options; 5] = [GEMV, PAIRS, QUADS, OCTETS, TILED];
+
+const fn only(cut: Cut) -> Options {
+    Options { segment_bytes: None, cut: Some(cut), fuse_quantization: true, diagnostics: false }
+}
 
 /// `options` in segments of MOEWE_SEGMENT_BYTES, where that is set and the test does not choose.
 pub fn segmented(options: &Options) -> Options {

@@ -147,7 +147,7 @@ fn the_streaming_kernel_reads_every_word_once() {
         let slice = |buffer| BufferSlice { buffer, offset: 0, bytes: host.buffer_bytes(buffer) };
         let binding = host.bind(&kernel, &[slice(&source), slice(&sums)]).unwrap();
         let mut encoder = host.encoder();
-        let launch = Launch { kernel: &kernel, binding: &binding, workgroups: [2, 1, 1] };
+        let launch = Launch { kernel: &kernel, binding: &binding, workgroups: [2, 1, 1], params: 0 };
         host.launch(&mut encoder, &mut std::iter::once(launch)).unwrap();
         host.submit(encoder).unwrap();
         host.read(&sums).unwrap().into_iter().fold(0, |sum, word| sum ^ word)

@@ -314,8 +314,12 @@ impl Backend for Deaf {
         if self.calls.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count).is_err() {
             return Err(Error::Device { backend: "cpu", operation: "running".into(), reason: "lost".into() });
         }
-        let mut launches =
-            launches.map(|Launch { kernel, binding, workgroups }| Launch::<Cpu> { kernel, binding, workgroups });
+        let mut launches = launches.map(|Launch { kernel, binding, workgroups, params }| Launch::<Cpu> {
+            kernel,
+            binding,
+            workgroups,
+            params,
+        });
         self.cpu.launch(encoder, &mut launches)
     }
 }

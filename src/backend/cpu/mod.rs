@@ -16,7 +16,14 @@ pub struct Cpu {
 impl Cpu {
     /// A CPU without limits but those of 32-bit word indices.
     pub fn new() -> Self {
-        Self { facts: DeviceFacts { backend: "cpu", max_binding_bytes: (1 << 31) - 4, max_workgroups: 65_535 } }
+        Self {
+            facts: DeviceFacts {
+                backend: "cpu",
+                max_binding_bytes: (1 << 31) - 4,
+                max_workgroups: 65_535,
+                exact_halves: false,
+            },
+        }
     }
 
     /// A CPU that lowers as another device does, to compare the two step by step.
@@ -118,7 +125,7 @@ impl Backend for Cpu {
     }
 
     fn launch(&self, _encoder: &mut CpuEncoder, launches: &mut dyn Iterator<Item = Launch<'_, Self>>) -> Result<()> {
-        for Launch { kernel, binding, workgroups: _ } in launches {
+        for Launch { kernel, binding, workgroups: _, params } in launches {
             enum Guard<'a> {
                 Read(std::sync::RwLockReadGuard<'a, Vec<u32>>),
                 Write(std::sync::RwLockWriteGuard<'a, Vec<u32>>),
@@ -135,7 +142,8 @@ impl Backend for Cpu {
                     }
                 })
                 .collect();
-            let slots = guards.iter_mut().zip(&binding.slots).map(|(guard, &(name, _, _, offset, words))| {
+            let slots = guards.iter_mut().zip(&binding.slots).map(|(guard, &(name, access, _, offset, words))| {
+                let offset = if access == Access::Uniform { params as usize / 4 } else { offset };
                 let slot = match guard {
                     Guard::Read(memory) => memory.get(offset..offset + words).map(Slot::Read),
                     Guard::Write(memory) => {

@@ -1,12 +1,14 @@
 //! WGSL through wgpu: Vulkan, Metal, DX12.
 //!
 //! Takes clones of the host's device and queue and asks for nothing: [`required_features`] and
-//! [`required_limits`] say what a host should request. Never polls, blocks or sets handlers.
+//! [`required_limits`] say what a host should request. Never sets handlers; waits only for [`Wgpu::proofs`].
+
+mod proofs;
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use ::wgpu;
@@ -15,6 +17,8 @@ use crate::error::{Error, Result};
 use crate::kernels::{Access, Operation};
 use crate::plan::{Backend, BufferSlice, Launch};
 use crate::schedule::DeviceFacts;
+
+pub use proofs::Proofs;
 
 /// Features that a host must request for the kernels of this version: none.
 pub fn required_features() -> wgpu::Features {
@@ -36,6 +40,8 @@ pub struct Wgpu {
     max_binding_bytes: u64,
     /// Kernels by their whole source text.
     kernels: Arc<Mutex<HashMap<String, Arc<WgpuKernel>>>>,
+    proofs: Arc<OnceLock<Proofs>>,
+    checked: bool,
 }
 
 /// A pipeline with its layout.
@@ -43,6 +49,7 @@ pub struct Wgpu {
 pub struct WgpuKernel {
     pipeline: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
+    uniform: bool,
 }
 
 impl Wgpu {
@@ -50,13 +57,20 @@ impl Wgpu {
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Self {
         let limits = device.limits();
         let max_binding_bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-        Self { device, queue, max_binding_bytes, kernels: Arc::default() }
+        Self { device, queue, max_binding_bytes, kernels: Arc::default(), proofs: Arc::default(), checked: false }
     }
 
     /// The same device with smaller bindings: weights and activations are cut finer.
     #[must_use]
     pub fn with_binding_limit(&self, bytes: u64) -> Self {
         Self { max_binding_bytes: self.max_binding_bytes.min(bytes), ..self.clone() }
+    }
+
+    /// The same device with wgpu's run-time checks in every kernel: index clamps and loop bounds, which the GEMMs go
+    /// without. For a search after a fault: they change no result.
+    #[must_use]
+    pub fn with_runtime_checks(&self) -> Self {
+        Self { checked: true, kernels: Arc::default(), ..self.clone() }
     }
 
     /// The device.
@@ -93,6 +107,39 @@ impl Wgpu {
         }
     }
 
+    /// A module; the index clamps and loop bounds that wgpu adds are left out of those whose bounds are proved.
+    #[allow(unsafe_code, reason = "trusted modules")]
+    fn module(&self, operation: &Operation, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
+        let proved = match operation {
+            Operation::GroupedGemm(_) | Operation::Permute(_) | Operation::Quantize(_) | Operation::Combine(_) => true,
+            // A hash table's ids index the scores, and come from the checkpoint.
+            Operation::TopkRouting(kernel) => !kernel.reads_table(),
+            Operation::Norm(_)
+            | Operation::Assign(_)
+            | Operation::Activate(_)
+            | Operation::Amax(_)
+            | Operation::Diagnose(_)
+            | Operation::Synthesize(_)
+            | Operation::Stream(_) => false,
+        };
+        if !proved || self.checked {
+            return self.device.create_shader_module(descriptor);
+        }
+        // SAFETY: every index that these kernels form is within its binding, and their loops end.
+        // - Rows: a row is below `token_count() * ROWS_PER_TOKEN`, or comes from `sorted_rows`, which only `permute`
+        //   writes, from such rows. `token_count()` is at most the chunk that `lower` sized every buffer of rows for,
+        //   and `bind` requires of a caller's buffers the size in the schedule.
+        // - Slots: ids that a caller wrote are compared with the number of matrices before they index anything;
+        //   tiles come from `permute`, which knows no others.
+        // - Weights: `spans` and the segments are packed by `PackedMatrix` for this kernel's own shape and uploaded
+        //   whole; rows are cut at `row_end`, columns and blocks at their last.
+        // - Experts: `topk_routing` ranks its own outputs; a place that no rank fills holds output 0.
+        // - Workgroup memory is indexed by the invocation and by constants of the prelude, which `const_assert`s
+        //   relate, or by an output or slot below the array's own length.
+        // - Loops count to constants or to such bounds, in steps that are not 0.
+        unsafe { self.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+    }
+
     /// Whether the device is lost. wgpu tells that to a callback, which is the host's, and answers no call with it;
     /// but a lost device does not even refuse a buffer that cannot be.
     fn is_lost(&self) -> bool {
@@ -115,6 +162,7 @@ impl Backend for Wgpu {
             backend: "wgpu",
             max_binding_bytes: self.max_binding_bytes,
             max_workgroups: self.device.limits().max_compute_workgroups_per_dimension,
+            exact_halves: self.proofs().exact_halves,
         }
     }
 
@@ -164,17 +212,21 @@ impl Backend for Wgpu {
                         Access::Read => wgpu::BufferBindingType::Storage { read_only: true },
                         Access::Write | Access::ReadWrite => wgpu::BufferBindingType::Storage { read_only: false },
                     },
-                    has_dynamic_offset: false,
+                    has_dynamic_offset: binding.access == Access::Uniform,
                     min_binding_size: None,
                 },
                 count: None,
             })
             .collect();
+        let uniform = source.bindings.iter().any(|binding| binding.access == Access::Uniform);
         let kernel = self.scoped(&|| format!("compiling {} for {name}", source.kernel()), || {
-            let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-                label: Some(source.kernel()),
-                source: wgpu::ShaderSource::Wgsl(text.as_str().into()),
-            });
+            let module = self.module(
+                operation,
+                wgpu::ShaderModuleDescriptor {
+                    label: Some(source.kernel()),
+                    source: wgpu::ShaderSource::Wgsl(text.as_str().into()),
+                },
+            );
             let layout = self
                 .device
                 .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(name), entries: &entries });
@@ -188,10 +240,14 @@ impl Backend for Wgpu {
                 layout: Some(&pipeline_layout),
                 module: &module,
                 entry_point: Some("main"),
-                compilation_options: wgpu::PipelineCompilationOptions::default(),
+                // No kernel reads what it has not written, and one invocation clears the memory on some devices.
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    zero_initialize_workgroup_memory: false,
+                    ..Default::default()
+                },
                 cache: None,
             });
-            Arc::new(WgpuKernel { pipeline, layout })
+            Arc::new(WgpuKernel { pipeline, layout, uniform })
         })?;
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(Arc::clone(kernels.entry(text).or_insert(kernel)))
@@ -233,10 +289,10 @@ impl Backend for Wgpu {
         }
         let mut pass =
             encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("moewe"), timestamp_writes: None });
-        for Launch { kernel, binding, workgroups: [x, y, z] } in launches {
+        for Launch { kernel, binding, workgroups: [x, y, z], params } in launches {
             if x > 0 && y > 0 && z > 0 {
                 pass.set_pipeline(&kernel.pipeline);
-                pass.set_bind_group(0, binding, &[]);
+                pass.set_bind_group(0, binding, if kernel.uniform { std::slice::from_ref(&params) } else { &[] });
                 pass.dispatch_workgroups(x, y, z);
             }
         }

@@ -55,13 +55,20 @@ impl Lowering<'_> {
         };
         let rows = self.schedule.chunk_tokens * top_k;
         let sorted_rows = self.scratch("sorted_rows", top_k);
-        let permute = Permute { num_slots, top_k };
-        let tiles = self.buffer("tiles", Contents::Scratch, (1 + permute.max_tiles(rows)) * 16);
+        let permute = |cut: Cut| Permute { num_slots, top_k, tile_rows: cut.tile_rows() };
+        let cuts = Cut::ALL.into_iter().filter(|&cut| cut != Cut::Gemv);
+        let largest = |cut| permute(cut).max_tiles(self.most_tokens(cut).saturating_mul(top_k).min(rows));
+        let most = cuts.clone().map(largest).max().unwrap_or(0);
+        let tiles = self.buffer("tiles", Contents::Scratch, (1 + most) * 16);
         let grid = Grid { x: Extent::Fixed(num_slots), y: Extent::Fixed(1) };
         let mut others = buffers.clone();
         others.extend([("sorted_rows", sorted_rows), ("tiles", tiles)]);
-        let step = self.step("permute", part, Operation::Permute(permute), grid, &others)?;
-        self.drafts.push(Draft::Permute(step));
+        let step = |cut| {
+            let step = self.step("permute", part, Operation::Permute(permute(cut)), grid, &others)?;
+            Ok::<_, Error>((cut, step))
+        };
+        let steps = cuts.map(step).collect::<Result<_>>()?;
+        self.drafts.push(Draft::Permute(steps));
 
         // What the routed experts read.
         let norm_of = |rows_per_token, eps, scale| Norm {

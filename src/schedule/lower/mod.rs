@@ -9,7 +9,7 @@ mod layer;
 mod routing;
 
 use super::{
-    Bucket, Buffer, Contents, DIAGNOSTICS, Decision, DeviceFacts, EXPERT_MISSES, Extent, Gemms, Grid, LOAD_SLOT,
+    Bucket, Buffer, Contents, Cut, DIAGNOSTICS, Decision, DeviceFacts, EXPERT_MISSES, Extent, Gemms, Grid, LOAD_SLOT,
     Options, Part, Schedule, Step, Table,
 };
 use crate::error::{Error, Result, Unsupported};
@@ -38,8 +38,12 @@ const WORKGROUP_BYTES: usize = 16 << 10;
 const STORAGE_BUFFERS: usize = 8;
 /// Invocations of a gemv workgroup: the more, the more matrix rows share one staging of x.
 const GEMV_WORKGROUP: u32 = 256;
-/// Most invocations that share a matrix row.
-const GEMV_LANES: u32 = 64;
+/// Most invocations that share a matrix row of a matrix with many.
+const GEMV_LANES: u32 = 32;
+/// Most invocations that share a matrix row, and some rows that meet it: pairs of groups of them read the same x.
+const ROWS_LANES: u32 = 16;
+/// Matrix rows below which more invocations share one, so that there are enough workgroups.
+const FEW_MATRIX_ROWS: usize = 1024;
 /// Matrix rows whose sums one invocation holds.
 const GEMV_ROWS_PER_LANE: u32 = 4;
 
@@ -196,8 +200,8 @@ enum Draft {
     Gemm(Gemm),
     /// The same in every bucket.
     Step(Step),
-    /// Only where GEMMs are tiled.
-    Permute(Step),
+    /// Only where GEMMs walk tiles; one for each cut with tiles.
+    Permute(Vec<(Cut, Step)>),
     /// One beside matrix-vector GEMMs and one beside tiled ones.
     ByBucket(Box<[Step; 2]>),
 }
@@ -469,35 +473,37 @@ impl<'a> Lowering<'a> {
             }
         }
         let chunk = self.schedule.chunk_tokens;
-        // The matrix-vector kernel has a workgroup a row.
-        let rows_per_token = self.spec.rows_per_token().max(self.spec.shared_mlps());
-        let decode_tokens =
-            self.options.decode_tokens.min(chunk).min(self.facts.max_workgroups as usize / rows_per_token);
-        let (choice, because) = match decode_tokens {
-            0 => ("tiles in every call", "options.decode_tokens is 0"),
-            tokens if tokens == chunk => {
-                ("the matrix-vector kernel in every call", "no call has more than options.decode_tokens tokens")
-            }
-            _ => (
-                "the matrix-vector kernel up to options.decode_tokens tokens, tiles above",
-                "in a small call most experts that are touched get one row: a tile would be empty",
-            ),
-        };
-        self.decide("grouped_gemm", choice, because);
-        for (tokens, gemv) in [(decode_tokens, true), (chunk, false)] {
-            if tokens == 0 || (!gemv && decode_tokens == chunk) {
+        let mut covered = 0;
+        for cut in Cut::ALL {
+            let tokens = self.most_tokens(cut).min(chunk);
+            if tokens <= covered {
                 continue;
             }
+            covered = tokens;
+            let (choice, because) = match (self.options.cut, cut) {
+                (Some(_), _) => ("one way in every call", "options.cut says so"),
+                (None, Cut::Gemv) => ("a row at a time", "in small calls few matrices have more than one row"),
+                (None, Cut::Pairs) => {
+                    ("two rows at a time", "in such calls matrices have two rows in the mean, or fewer")
+                }
+                (None, Cut::Quads) => ("four rows at a time", "in such calls matrices have 2 to 8 rows in the mean"),
+                (None, Cut::Octets) => ("eight rows at a time", "in such calls matrices have 8 to 48 rows in the mean"),
+                (None, Cut::Tiles) => ("tiles of 64 rows", "in large calls matrices have rows to fill them"),
+            };
+            self.decide("grouped_gemm", choice, because);
             let mut steps = vec![];
             for draft in &self.drafts {
-                match draft {
-                    Draft::Gemm(gemm) => self.gemm(&mut steps, gemm, gemv || gemm.adapter)?,
-                    Draft::Step(step) => steps.push(step.clone()),
-                    Draft::Permute(_) if gemv => {}
-                    Draft::Permute(step) => steps.push(step.clone()),
-                    Draft::ByBucket(both) => {
-                        let [beside_gemv, beside_tiled] = both.as_ref();
-                        steps.push(if gemv { beside_gemv } else { beside_tiled }.clone());
+                match (draft, cut) {
+                    (Draft::Gemm(gemm), cut) => {
+                        self.gemm(&mut steps, gemm, if gemm.adapter { Cut::Gemv } else { cut })?
+                    }
+                    (Draft::Step(step), _) => steps.push(step.clone()),
+                    (Draft::Permute(by_cut), cut) => {
+                        steps.extend(by_cut.iter().filter(|(of, _)| *of == cut).map(|(_, step)| step.clone()));
+                    }
+                    (Draft::ByBucket(both), cut) => {
+                        let [beside_rows, beside_tiled] = both.as_ref();
+                        steps.push(if cut == Cut::Tiles { beside_tiled } else { beside_rows }.clone());
                     }
                 }
             }
@@ -505,6 +511,29 @@ impl<'a> Lowering<'a> {
             self.schedule.buckets.push(Bucket { max_tokens: tokens, steps });
         }
         Ok(())
+    }
+
+    /// Up to how many tokens of a chunk GEMMs are cut so.
+    fn most_tokens(&self, cut: Cut) -> usize {
+        let rows_per_token = self.spec.rows_per_token().max(self.spec.shared_mlps());
+        let workgroups = self.facts.max_workgroups as usize;
+        let launchable = match cut {
+            // A workgroup a row.
+            Cut::Gemv => workgroups / rows_per_token,
+            // Or a tile, which need not be full.
+            Cut::Pairs | Cut::Quads | Cut::Octets => {
+                workgroups.saturating_sub(self.spec.num_slots()) * cut.tile_rows() / rows_per_token
+            }
+            // Chunks are cut for these.
+            Cut::Tiles => usize::MAX,
+        };
+        let wanted = match self.options.cut {
+            None => (cut.most_mean_rows() * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64) as usize,
+            // What it cannot launch is left to tiles.
+            Some(only) if only == cut || cut == Cut::Tiles => usize::MAX,
+            Some(_) => 0,
+        };
+        wanted.min(launchable)
     }
 
     fn check_limits(&self, steps: &[Step], tokens: usize) -> Result<(), Unsupported> {
@@ -534,7 +563,7 @@ impl<'a> Lowering<'a> {
     }
 
     /// One step for each segment.
-    fn gemm(&self, steps: &mut Vec<Step>, gemm: &Gemm, gemv: bool) -> Result<()> {
+    fn gemm(&self, steps: &mut Vec<Step>, gemm: &Gemm, cut: Cut) -> Result<()> {
         let Gemm {
             name,
             part,
@@ -551,8 +580,8 @@ impl<'a> Lowering<'a> {
         } = *gemm;
         let matrix = &self.schedule.matrices[placed.matrix];
         let limit = self.facts.max_workgroups as usize;
-        let values = match (input.values, gemv) {
-            (RowValues::Codes { code, group: Some(group), scales: ScaleLayout::RowMajor }, false) => {
+        let values = match (input.values, cut) {
+            (RowValues::Codes { code, group: Some(group), scales: ScaleLayout::RowMajor }, Cut::Tiles) => {
                 let rows_per_token = self.rows_per_token(rows) / input_divisor;
                 let scales = column_major(self.schedule.chunk_tokens * rows_per_token);
                 RowValues::Codes { code, group: Some(group), scales }
@@ -574,24 +603,35 @@ impl<'a> Lowering<'a> {
             fill_absent: adapter,
             epilogue,
             model: self.spec.precision.model,
+            exact_halves: self.facts.exact_halves,
         };
         for (segment, &(codes, spans)) in placed.buffers.iter().enumerate() {
             let span_rows = matrix.max_span_rows(segment);
-            let (variant, grid) = if gemv {
-                let [runs, staged] = kernel.runs();
-                let lanes = (runs.min(staged) as u32).next_power_of_two().min(GEMV_LANES);
-                let tile_rows = GEMV_WORKGROUP / lanes * GEMV_ROWS_PER_LANE;
-                let items = self.rows_per_token(rows);
-                let variant = GemmVariant::Gemv { workgroup_size: GEMV_WORKGROUP, lanes, tile_rows };
-                let x = Extent::Fixed(span_rows.div_ceil(tile_rows as usize));
-                (variant, Grid { x, y: Extent::PerToken { items, per: 1, limit } })
-            } else {
-                let y = match rows {
-                    RowSource::Direct { groups } => Extent::GroupTiles(groups),
-                    RowSource::Routed { top_k, num_slots } => Extent::Tiles(Permute { num_slots, top_k }),
-                };
-                (GemmVariant::Tiled, Grid { x: Extent::Fixed(span_rows.div_ceil(TILE_COLS)), y })
+            let by_row = |lanes: u32| GEMV_WORKGROUP / lanes * GEMV_ROWS_PER_LANE;
+            let (variant, tile_cols) = match cut {
+                Cut::Gemv => {
+                    let most = if matrix.rows < FEW_MATRIX_ROWS { GEMV_WORKGROUP } else { GEMV_LANES };
+                    let lanes = lanes(kernel.vecs_per_row(), most);
+                    let tile_rows = by_row(lanes);
+                    (GemmVariant::Gemv { workgroup_size: GEMV_WORKGROUP, lanes, tile_rows }, tile_rows as usize)
+                }
+                Cut::Pairs | Cut::Quads | Cut::Octets => {
+                    let rows = cut.tile_rows();
+                    let most = if matrix.rows < FEW_MATRIX_ROWS { 4 * ROWS_LANES } else { ROWS_LANES };
+                    let lanes = lanes(kernel.staged_vecs(rows), most);
+                    let tile_rows = by_row(lanes);
+                    (GemmVariant::Rows { workgroup_size: GEMV_WORKGROUP, lanes, tile_rows, rows }, tile_rows as usize)
+                }
+                Cut::Tiles => (GemmVariant::Tiled, TILE_COLS),
             };
+            let y = match (variant.tile_rows(), rows) {
+                (None, rows) => Extent::PerToken { items: self.rows_per_token(rows), per: 1, limit },
+                (Some(rows), RowSource::Direct { groups }) => Extent::GroupTiles { groups, rows },
+                (Some(tile_rows), RowSource::Routed { top_k, num_slots }) => {
+                    Extent::Tiles(Permute { num_slots, top_k, tile_rows })
+                }
+            };
+            let grid = Grid { x: Extent::Fixed(span_rows.div_ceil(tile_cols)), y };
             let operation = Operation::GroupedGemm(GroupedGemm { variant, ..kernel.clone() });
             let mut buffers = vec![("rows", input.buffer), ("segment", codes), ("spans", spans), ("out", out)];
             buffers.extend(others);
@@ -601,6 +641,16 @@ impl<'a> Lowering<'a> {
         }
         Ok(())
     }
+}
+
+/// Invocations that share a matrix row, at most `most`: so that few of them wait for the rest where `vecs` end.
+fn lanes(vecs: usize, most: u32) -> u32 {
+    let waste = |lanes: u32| vecs.next_multiple_of(lanes as usize) * 8 > vecs * 9;
+    let mut lanes = most;
+    while lanes > 1 && waste(lanes) {
+        lanes /= 2;
+    }
+    lanes
 }
 
 /// Columns of scales for so many rows.

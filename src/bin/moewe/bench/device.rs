@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use moewe::conformance::synthetic;
 use moewe::host::{self, Host};
-use moewe::schedule::{DECODE_TOKENS, Options};
+use moewe::schedule::Options;
 use moewe::{Bound, Io, MoeSpec, Plan, Result, Scratch, Tokens};
 use rayon::prelude::*;
 
@@ -83,8 +83,7 @@ impl<B: Host + Clone> Bench for OnDevice<'_, B> {
     }
 
     fn layer<'a>(&'a self, spec: &'a MoeSpec, max_tokens: usize, fused: bool) -> Result<Box<dyn Layer + 'a>> {
-        let options =
-            Options { segment_bytes: None, decode_tokens: DECODE_TOKENS, fuse_quantization: fused, diagnostics: false };
+        let options = Options { fuse_quantization: fused, ..Options::AUTO };
         let plan = self.check(synthetic::plan(self.backend.clone(), spec, max_tokens, &options))?;
         let scratch = self.check(Scratch::new(self.backend, &plan.scratch_layout()))?;
         Ok(Box::new(Planned { on: self, spec, plan, scratch }))
