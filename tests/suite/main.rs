@@ -1,5 +1,7 @@
 //! The test suite. `MOEWE_ADAPTER` picks the adapter under test by a part of its name.
 
+#[cfg(feature = "cli")]
+mod ablation;
 mod binding;
 mod bugs;
 mod configs;

@@ -3,11 +3,13 @@
 use std::fmt::Write as _;
 use std::io::{IsTerminal as _, Write as _};
 
+use moewe::conformance::ablation::Ablation;
 use moewe::families::Resolved;
 use moewe::schedule::Decision;
 use moewe::weights::Damage;
 use serde_json::{Map, Value, json};
 
+use crate::ablate::{Effect, percent};
 use crate::backends::PassedOver;
 use crate::chart;
 use crate::check::{Comparison, Measure};
@@ -39,6 +41,8 @@ pub struct Report {
     pub damage: Option<Vec<Damage>>,
     /// What was measured, once it ran.
     pub measured: Option<Measured>,
+    /// What dropping fields would do, of those that were named.
+    pub effects: Vec<Effect>,
 }
 
 /// A resolved layer.
@@ -140,8 +144,20 @@ impl Report {
     }
 
     fn json(&self) -> Value {
-        let Self { status, reason, backend, adapter, passed_over, checkpoint, tokens, seed, layer, damage, measured } =
-            self;
+        let Self {
+            status,
+            reason,
+            backend,
+            adapter,
+            passed_over,
+            checkpoint,
+            tokens,
+            seed,
+            layer,
+            damage,
+            measured,
+            effects,
+        } = self;
         let layer = layer.as_ref();
         let timing = measured.as_ref().and_then(|measured| measured.timing.as_ref());
         let memory = measured.as_ref().and_then(|measured| measured.memory);
@@ -175,6 +191,7 @@ impl Report {
             "tokens_per_s": timing.and_then(|timing| self.tokens_per_second(timing)),
             "errors": comparison.map(errors_json),
             "tokens_per_expert": measured.as_ref().map(|measured| &measured.tokens_per_expert),
+            "ablations": effects.iter().map(effect_json).collect::<Vec<_>>(),
         })
     }
 
@@ -196,6 +213,7 @@ impl Report {
         if let Some(measured) = &self.measured {
             self.measured(&mut page, measured);
         }
+        page.effects(&self.effects);
         page.0
     }
 
@@ -263,6 +281,33 @@ fn errors_json(comparison: &Comparison) -> Value {
         errors.insert((*name).into(), json!({"error": number(*error), "tolerance": number(*tolerance)}));
     }
     Value::Object(errors)
+}
+
+fn effect_json(effect: &Effect) -> Value {
+    let Effect { field, key, value, instead, tokens, tokens_with_other_experts, relative_error, row_errors } = effect;
+    json!({
+        "field": field,
+        "key": key,
+        "value": value,
+        "as_if": instead,
+        "tokens": tokens,
+        "tokens_with_other_experts": tokens_with_other_experts,
+        "relative_error": number(*relative_error),
+        "token_errors": row_errors.iter().map(|error| number(*error)).collect::<Vec<_>>(),
+        "sentence": effect.sentence(),
+    })
+}
+
+/// Prints what can be dropped from a layer: a line, or a JSON object, for each field.
+pub fn print_fields(fields: &[Ablation], as_json: bool) {
+    let mut text = String::new();
+    for Ablation { field, key, value, instead, spec: _ } in fields {
+        let _ = match as_json {
+            true => writeln!(text, "{}", json!({"field": field, "key": key, "value": value, "as_if": instead})),
+            false => writeln!(text, "{key:<34} {field} = {value}; without it as if {instead}"),
+        };
+    }
+    to_stdout(&text);
 }
 
 /// Text under construction. Writing to a string does not fail.
@@ -334,6 +379,18 @@ impl Page {
             self.entry(name, &format!("{:>10.4} ms {share:>6.1} %", 1e3 * seconds));
         }
         self.entry("total", &format!("{:>10.4} ms", 1e3 * total));
+    }
+
+    fn effects(&mut self, effects: &[Effect]) {
+        let Some(first) = effects.first() else { return };
+        let (routed, rows) = (first.tokens, first.row_errors.len());
+        self.title(&format!("what dropping a field would have done (routing of {routed} tokens, output of {rows})"));
+        for effect in effects {
+            let [least, median, most] = effect.spread().map(percent);
+            let _ = writeln!(self.0, "  {}", effect.field);
+            let _ = writeln!(self.0, "    {}", effect.sentence());
+            let _ = writeln!(self.0, "    by token: {least} at least, {median} the median, {most} at most");
+        }
     }
 
     fn comparison(&mut self, comparison: &Comparison, tokens: usize) {
