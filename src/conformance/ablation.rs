@@ -566,7 +566,8 @@ impl List<'_> {
             block_scale: _,
         } = precision;
         let unrounded = "it stayed f32";
-        let steps: [(&str, &Rounding, fn(&mut Precision)); 4] = [
+        type Drop = fn(&mut Precision);
+        let steps: [(&str, &Rounding, Drop); 4] = [
             ("router_gemm", router_gemm, |precision| precision.router_gemm = Rounding::F32),
             ("routing_weights", routing_weights, |precision| precision.routing_weights = Rounding::F32),
             ("weighted_input", weighted_input, |precision| precision.weighted_input = Rounding::F32),
