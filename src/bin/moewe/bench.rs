@@ -19,7 +19,7 @@ use crate::backends::{self, Choice, Constraints};
 use crate::json::{Status, number};
 use crate::metrics;
 use crate::report::{complain, progress, to_stdout, warn};
-use crate::{BenchOptions, Exit};
+use crate::{BenchOptions, Exit, svg};
 use cases::{expert_bytes, flops, layer, stated_flops};
 use device::{Layer, Measured, Place, Row};
 
@@ -47,12 +47,11 @@ pub fn bench(options: &BenchOptions) -> Exit {
         let title =
             format!("moewe bench on {}, scale {}", choice.adapter.as_deref().unwrap_or(choice.backend), options.scale);
         let cases: Vec<&str> = options.case.iter().map(String::as_str).collect();
-        std::fs::write(path, plot::svg(&title, &cases, &session.points))
-            .map_err(|error| complain(&format!("{}: the chart cannot be written ({error})", path.display())))
+        svg::save(path, &plot::svg(&title, &cases, &session.points))
     });
     match drawn {
-        Some(Err(())) => Exit::Failed,
-        Some(Ok(())) | None => session.tally.exit(),
+        Some(false) => Exit::Failed,
+        Some(true) | None => session.tally.exit(),
     }
 }
 

@@ -37,8 +37,10 @@ mod metrics;
 mod reference_engine;
 mod report;
 mod run;
+mod run_plot;
 mod source;
 mod spec_text;
+mod svg;
 mod verify;
 
 /// Runs Mixture-of-Experts layers on GPUs and CPU, and checks them against one plain reference.
@@ -76,6 +78,7 @@ enum Command {
     /// Runs golden cases and prints one JSON object a case.
     ///
     /// Exit status: 0 all passed, 1 any failed, 2 usage or no case found, 3 none failed but some are unsupported.
+    #[command(after_help = "Example:\n  moewe verify tests/golden --backend wgpu")]
     Verify(VerifyOptions),
     /// Times layers of real models, with weights that are made on the device, and checks them first.
     ///
@@ -96,7 +99,7 @@ enum Command {
 }
 
 const RUN_EXAMPLES: &str = "Examples: a layer on the best GPU, and what dropping two of its fields would have done:
-  moewe run ~/models/DeepSeek-V3 --layer 3 --tokens 64 --backend wgpu
+  moewe run ~/models/DeepSeek-V3 --layer 3 --tokens 64 --backend wgpu --plot layer3.svg
   moewe run ~/models/DeepSeek-V3 --ablate routed_scaling_factor,e_score_correction_bias";
 const BENCH_EXAMPLE: &str = "Example: a tenth of the experts of Qwen3-30B-A3B's layer, as a small machine has room for:
   moewe bench --case qwen3_30b_bf16 --tokens 1,16 --backend wgpu --scale 0.1";
@@ -152,6 +155,9 @@ struct RunOptions {
     /// list, print what can be dropped from this layer, and run nothing.
     #[arg(long, value_name = "FIELD,..", value_delimiter = ',')]
     ablate: Vec<String>,
+    /// Draw which experts the tokens chose, and the time of each stage.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
     /// Print one JSON object instead of text.
     #[arg(long)]
     json: bool,

@@ -15,6 +15,7 @@ use crate::chart;
 use crate::check::{Comparison, Measure};
 use crate::engine::{Memory, Timing};
 use crate::json::{Status, number};
+use crate::run_plot::Picture;
 use crate::spec_text;
 
 /// One run, as far as it came.
@@ -87,6 +88,20 @@ pub struct Measured {
     pub comparison: Option<Comparison>,
     /// How often each expert was chosen.
     pub tokens_per_expert: Vec<u64>,
+    /// What the router chose, as the backend left it.
+    pub routing: Routing,
+}
+
+/// Ids and weights.
+pub struct Routing {
+    /// [T, k].
+    pub topk_ids: Vec<i32>,
+    /// [T, k].
+    pub topk_weights: Vec<f32>,
+    /// k.
+    pub top_k: usize,
+    /// E.
+    pub num_experts: usize,
 }
 
 /// Prints warnings on standard error.
@@ -215,6 +230,30 @@ impl Report {
         }
         page.effects(&self.effects);
         page.0
+    }
+
+    /// The chart of what was measured.
+    pub fn picture(&self) -> Option<String> {
+        let Measured { memory: _, decisions: _, timing, comparison: _, tokens_per_expert, routing } =
+            self.measured.as_ref()?;
+        let Routing { topk_ids, topk_weights, top_k, num_experts } = routing;
+        let layer = self.layer.as_ref();
+        let number = layer.and_then(|layer| layer.layer).map_or(String::new(), |number| format!(", layer {number}"));
+        let on = self
+            .adapter
+            .as_ref()
+            .map_or_else(|| self.backend.into(), |adapter| format!("{} on {adapter}", self.backend));
+        let title = format!("{}{number}: {} tokens, {on}", layer.map_or("", |layer| &layer.model_type), self.tokens);
+        let picture = Picture {
+            title,
+            topk_ids,
+            topk_weights,
+            top_k: *top_k,
+            num_experts: *num_experts,
+            load: tokens_per_expert,
+            timing: timing.as_ref(),
+        };
+        Some(picture.svg())
     }
 
     fn measured(&self, page: &mut Page, measured: &Measured) {

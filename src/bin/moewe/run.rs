@@ -14,9 +14,9 @@ use crate::check;
 use crate::engine::{Engine, Work};
 use crate::inputs::RandomTokens;
 use crate::json::Status;
-use crate::report::{self, Layer, Measured, Report};
+use crate::report::{self, Layer, Measured, Report, Routing};
 use crate::source;
-use crate::{Exit, RunOptions};
+use crate::{Exit, RunOptions, svg};
 
 /// Runs one layer and prints what came of it.
 pub fn run(folder: Option<&Path>, options: &RunOptions) -> Exit {
@@ -61,7 +61,9 @@ pub fn run(folder: Option<&Path>, options: &RunOptions) -> Exit {
     }
     let unknown_keys = report.layer.as_ref().is_some_and(|layer| !layer.unknown_keys.is_empty());
     report.print(options.json);
+    let drawn = options.plot.as_ref().zip(report.picture()).is_none_or(|(path, picture)| svg::save(path, &picture));
     match report.status {
+        _ if !drawn => Exit::Failed,
         _ if options.device.strict && unknown_keys => {
             report::complain("unknown keys in config.json, and --strict");
             Exit::Failed
@@ -155,5 +157,11 @@ fn measure(
         timing: runner.timing(options.tokens)?,
         comparison,
         tokens_per_expert: chart::count(&outcome.topk_ids, spec.router_outputs()),
+        routing: Routing {
+            topk_ids: outcome.topk_ids,
+            topk_weights: outcome.topk_weights,
+            top_k: spec.top_k,
+            num_experts: spec.num_experts,
+        },
     })
 }

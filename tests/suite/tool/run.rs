@@ -336,3 +336,23 @@ fn dropping_a_field_is_shown_with_what_it_would_have_done() {
     assert_eq!(limited.code, 0, "{}", limited.stderr);
     says(&limited.stdout, &["An engine that drops swiglu_limit = 7.0 computes as if there were no limit"]);
 }
+
+#[test]
+fn a_chart_shows_each_choice_and_each_stage() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("routing.svg");
+    for backend in backends() {
+        let (found, code) = report(None, backend, &["--tokens", "5", "--plot", text(&path)]);
+        assert_eq!(code, 0, "{found}");
+        let chart = std::fs::read_to_string(&path).unwrap();
+        // White ground and that of the map, nine shades of the scale; four choices a token.
+        let loads = found["tokens_per_expert"].as_array().unwrap().iter().filter(|load| **load != 0).count();
+        let stages = found["stages"].as_array().unwrap();
+        assert_eq!(chart.matches("<rect").count(), 2 + 9 + 5 * 4 + loads + stages.len(), "{backend}");
+        assert!(stages.iter().all(|stage| chart.contains(stage["name"].as_str().unwrap())), "{backend}");
+        says(&chart, &["deepseek_v3, layer 3: 5 tokens", backend, "</svg>"]);
+    }
+    let said = run(None, "cpu", &["--plot", text(folder.path())]);
+    assert_eq!(said.code, 1);
+    says(&said.stderr, &["the chart cannot be written", "give another path"]);
+}
