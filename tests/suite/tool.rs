@@ -6,6 +6,7 @@ use std::process::Command;
 use serde_json::Value;
 
 mod bench;
+mod commands;
 mod conformance;
 mod inspect;
 mod run;
