@@ -34,6 +34,7 @@ mod rig;
 mod routing;
 mod samples;
 mod scalars;
+mod stages;
 mod synthesizing;
 #[cfg(feature = "cli")]
 mod tool;
