@@ -7,6 +7,7 @@ use moewe::{Error, MoeSpec, MoeWeights, Result};
 use crate::check;
 use crate::inputs::RandomTokens;
 use crate::metrics;
+use crate::progress::Bar;
 use crate::reference_engine::{layer, route};
 
 /// Words of `--ablate` that are no fields.
@@ -99,7 +100,12 @@ pub fn effects(
             row_errors: row_errors.map(|(wrong, right)| metrics::row_relative(wrong, right, width)).collect(),
         })
     };
-    fields.iter().map(effect).collect()
+    let bar = Bar::new();
+    let with_bar = |(done, field): (usize, &Ablation)| {
+        bar.at("dropping fields", done as u64, fields.len() as u64);
+        effect(field)
+    };
+    fields.iter().enumerate().map(with_bar).collect()
 }
 
 /// A share of one, readable whether it is large or tiny.

@@ -34,6 +34,7 @@ mod inspect;
 mod json;
 mod judge;
 mod metrics;
+mod progress;
 mod reference_engine;
 mod report;
 mod run;

@@ -1,7 +1,7 @@
 //! What `moewe run` prints: text, or one JSON object with the same content.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 
 use moewe::conformance::ablation::Ablation;
 use moewe::families::Resolved;
@@ -121,13 +121,6 @@ pub fn warn_of_unknown_keys(keys: &[String]) {
 /// Prints an error on standard error.
 pub fn complain(error: &str) {
     to_stderr(&format!("error: {error}"));
-}
-
-/// Says on a terminal what takes its time; a file or a pipe wants no such lines.
-pub fn progress(what: &str) {
-    if std::io::stderr().is_terminal() {
-        to_stderr(&format!("... {what}"));
-    }
 }
 
 fn to_stderr(line: &str) {

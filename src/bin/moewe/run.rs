@@ -117,7 +117,6 @@ fn fill(
     let tokens = RandomTokens::draw(&resolved.spec, options.tokens, options.seed)?;
     report.measured = Some(measure(&resolved.spec, &weights, &tokens, options, engine?.as_ref())?);
     if !dropped.is_empty() {
-        report::progress("dropping fields");
         report.effects = ablate::effects(&resolved.spec, &weights, &tokens, options.tokens, &dropped)?;
     }
     Ok(())
