@@ -233,6 +233,9 @@ impl Text {
         if let Some(resolved) = &found.resolved {
             self.head.get_or_insert_with(|| format!("{} (model_type {})", resolved.family, resolved.model_type));
             resolved.notes.iter().for_each(|note| page.line("note", note));
+            if !resolved.unknown_keys.is_empty() {
+                page.line("unknown keys", &resolved.unknown_keys.join(", "));
+            }
             page.spec(&spec_text::fields(&resolved.spec));
         }
         let patterns = patterns(checkpoint, found.here);

@@ -111,6 +111,8 @@ fn unknown_keys_are_named_and_change_no_code_and_what_nobody_computes_is_3() {
     assert!(said.stderr.contains("expert_mystery"), "{}", said.stderr);
     let here = said.lines().into_iter().find(|layer| layer["status"] == "pass").unwrap();
     assert_eq!(here["unknown_keys"][0], "expert_mystery");
+    let text = inspect(folder.path(), &[]);
+    assert!(text.code == 0 && text.stdout.contains("unknown keys expert_mystery"), "{}", text.stdout);
 
     configure(folder.path(), "hidden_act", "mystery");
     let said = inspect(folder.path(), &["--json"]);
