@@ -10,6 +10,7 @@ mod commands;
 mod conformance;
 mod inspect;
 mod run;
+mod sessions;
 mod verify;
 
 /// What an invocation said.

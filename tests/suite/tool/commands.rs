@@ -22,7 +22,7 @@ fn commands() -> Vec<(&'static str, Vec<String>)> {
 }
 
 /// Those of `moewe --help`.
-fn listed() -> Vec<String> {
+pub fn listed() -> Vec<String> {
     let help = moewe(["--help"]);
     assert_eq!(help.code, 0);
     let after = help.stdout.split("Commands:\n").nth(1).unwrap();
@@ -97,4 +97,27 @@ fn a_closed_pipe_is_no_complaint_and_changes_no_verdict() {
         assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{help:?}");
         assert!(output.status.code().is_some_and(|code| code == 0), "{help:?}");
     }
+}
+
+/// On a terminal, which util-linux's `script` makes.
+#[test]
+#[cfg(target_os = "linux")]
+fn bars_are_for_terminals() {
+    let tool = env!("CARGO_BIN_EXE_moewe");
+    let drawn = |redirect: &str| {
+        let command = format!("{tool} bench --backend cpu --case qwen3_30b_fp8 --scale 0.001 --tokens 1{redirect}");
+        let said = Command::new("script").args(["-qec", &command, "/dev/null"]).stdin(Stdio::null()).output().unwrap();
+        String::from_utf8_lossy(&said.stdout).into_owned()
+    };
+    let said = drawn("");
+    assert!(
+        said.contains("\rqwen3_30b_fp8: 1 tokens ░") && said.contains("░  50 %") && said.contains("\u{1b}[K"),
+        "{said}"
+    );
+    // The table stands in lines of its own.
+    assert!(
+        said.lines().any(|line| line.contains("\u{1b}[Kqwen3_30b_fp8 ") && line.contains(" 1 true     pass ")),
+        "{said}"
+    );
+    assert!(!drawn(" 2>/dev/null").contains('\u{1b}'));
 }
