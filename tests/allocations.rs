@@ -96,6 +96,15 @@ fn the_only_thread_of_a_cpu_allocates_nothing() {
                 });
                 assert_eq!(count, 0, "{}, {tokens} tokens", witness.field);
             }
+            // The halves of a layer, and a count that only the device knows.
+            let counted = Cpu::new().upload("tokens", &[all as u32]).unwrap();
+            let (count, _) = allocations(|| {
+                let (bound, mut encoder) = (session.bound(), Cpu::new().encoder());
+                bound.record_routing(&mut encoder, &Tokens::Host(all)).unwrap();
+                bound.record_experts(&mut encoder, &Tokens::Host(all)).unwrap();
+                bound.record(&mut encoder, &Tokens::Device(&counted, 0)).unwrap();
+            });
+            assert_eq!(count, 0, "{}: in parts", witness.field);
         });
         layers += 1;
     }
