@@ -402,28 +402,18 @@ impl GroupedGemm {
         let entering = rows.div_ceil(self.shared_by());
         let mut memory = MEMORY.take();
         let Memory { slots, starts, by_slot, place, used, values, scales, tasks, results } = &mut memory;
-        slots.clear();
-        slots.reserve(rows);
-        starts.clear();
-        starts.reserve(groups + 1);
-        by_slot.clear();
-        by_slot.reserve(rows);
-        place.clear();
-        place.reserve(entering);
-        used.clear();
-        used.reserve(entering);
-        values.clear();
-        values.reserve(entering * self.padded());
-        scales.clear();
-        scales.reserve(entering * self.scales_per_row());
-        tasks.clear();
-        tasks.reserve(groups * self.features().div_ceil(STRETCH));
-        results.clear();
-        results.reserve(out);
+        make_room(slots, rows);
+        make_room(starts, groups + 1);
+        make_room(by_slot, rows);
+        make_room(place, entering);
+        make_room(used, entering);
+        make_room(values, entering * self.padded());
+        make_room(scales, entering * self.scales_per_row());
+        make_room(tasks, groups * self.features().div_ceil(STRETCH));
+        make_room(results, out);
         MEMORY.set(memory);
         let mut weights = WEIGHTS.take();
-        weights.clear();
-        weights.reserve(self.padded());
+        make_room(&mut weights, self.padded());
         WEIGHTS.set(weights);
     }
 
@@ -585,6 +575,13 @@ impl GroupedGemm {
         }
         Ok(())
     }
+}
+
+/// Empties it, with room for so many.
+fn make_room<T>(memory: &mut Vec<T>, count: usize) {
+    memory.clear();
+    // Without the room a call allocates what it needs, which may be less.
+    let _ = memory.try_reserve(count);
 }
 
 /// Features of a task.
