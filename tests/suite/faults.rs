@@ -100,7 +100,7 @@ fn commands_that_were_recorded_before_the_loss_are_refused_and_nothing_waits() {
         lost(session.time_steps(9, 3), "timing");
         said.send(()).unwrap();
     });
-    hear.recv_timeout(std::time::Duration::from_secs(120)).expect("it hangs, or has failed above");
+    hear.recv_timeout(std::time::Duration::from_secs(300)).expect("it hangs, or has failed above");
 }
 
 /// What the documentation of `src/error.rs` shows as the message of each variant.
