@@ -212,7 +212,8 @@ impl Checkpoint {
         self.total_shards = files.len();
         for (file, names) in files {
             let path = dir.join(file);
-            if !path.exists() {
+            // A shard that is not there is another layer's; a link to nothing is a damaged download.
+            if !path.is_symlink() && !path.exists() {
                 continue;
             }
             let bytes = map(&path)?;
@@ -378,6 +379,7 @@ fn duplicate_key(path: &Path, key: &str) -> Error {
 }
 
 fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    expect_file(path)?;
     let text = std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
     parse_object(&text, path)
 }
@@ -464,13 +466,23 @@ fn is_file_name(name: &str) -> bool {
         && name.ends_with(".safetensors")
 }
 
+/// Opening a pipe would wait for its writer, reading a device might never end.
+fn expect_file(path: &Path) -> Result<()> {
+    let failed = |source| Error::Io { path: path.to_owned(), source };
+    let refused = |kind, reason| Err(failed(std::io::Error::new(kind, reason)));
+    match std::fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => Ok(()),
+        Ok(_) => refused(std::io::ErrorKind::InvalidInput, "not a regular file"),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && path.is_symlink() => {
+            refused(error.kind(), "a link to a file that is not there")
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
 fn map(path: &Path) -> Result<Bytes> {
     let failed = |source| Error::Io { path: path.to_owned(), source };
-    let metadata = std::fs::metadata(path).map_err(failed)?;
-    if !metadata.is_file() {
-        // Opening a pipe would wait for its writer.
-        return Err(failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")));
-    }
+    expect_file(path)?;
     let file = File::open(path).map_err(failed)?;
     Ok(Bytes::Mapped(map_read_only(&file).map_err(failed)?))
 }

@@ -10,6 +10,8 @@
 //! never dropped. [`supports`] gives the same answer without planning.
 //!
 //! [`Checkpoint`] and [`families`] read a spec and its weights from `config.json` and safetensors or GGUF.
+//! A host whose own kernels do the rest plans the routing alone, [`Plan::routing`], or another stage, [`Plan::stage`].
+//!
 //! The backends are [`Cpu`], which runs each kernel's twin in Rust, and `Wgpu` (feature `wgpu`), which
 //! runs WGSL on a device of the host program.
 //!

@@ -6,12 +6,13 @@
 //! [`Scratch`]; [`Bound::record`] writes copies and dispatches into the caller's encoder. It submits
 //! nothing, waits for nothing and allocates nothing.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::kernels::Operation;
 use crate::kernels::pack::{GroupSource, PackedMatrix};
-use crate::schedule::{self, Buffer, Contents, DeviceFacts, Gemms, Options, Part, Schedule, Step, Table};
+use crate::schedule::{self, Buffer, Contents, DeviceFacts, Gemms, Options, Part, Schedule, StageSpec, Step, Table};
 use crate::spec::MoeSpec;
 use crate::support::Scope;
 use crate::weights::{InputScales, LatentNormWeights, LoraWeights, Matrix, MlpWeights, MoeWeights, RouterWeights};
@@ -244,9 +245,36 @@ impl<B: Backend> Plan<B> {
         max_tokens: usize,
         options: &Options,
     ) -> Result<Self> {
+        Self::with_progress(backend, spec, weights, max_tokens, options, &mut |_, _| {})
+    }
+
+    /// As [`Plan::new`], and `progress` hears how many bytes of how many are packed and written, some megabytes
+    /// apart: large layers take seconds.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn with_progress(
+        backend: B,
+        spec: &MoeSpec,
+        weights: &MoeWeights<'_>,
+        max_tokens: usize,
+        options: &Options,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
         let schedule = schedule::lower(spec, Scope::Layer, max_tokens, &backend.facts(), options)?;
         weights.check(spec)?;
-        Self::from_schedule(backend, schedule, &fill(&weights.router, Some(weights)))
+        let (fill, all) = (fill(&weights.router, Some(weights)), schedule.weight_bytes());
+        let heard = RefCell::new((0, progress));
+        let fill = |schedule: &Schedule, buffer: &Buffer, write: Write<'_>| {
+            fill(schedule, buffer, &mut |first, words| {
+                write(first, words)?;
+                let (done, progress) = &mut *heard.borrow_mut();
+                *done += 4 * words.len() as u64;
+                progress(*done, all);
+                Ok(())
+            })
+        };
+        Self::from_schedule(backend, schedule, &fill)
     }
 
     /// Plans the routing alone: ids and weights.
@@ -263,6 +291,59 @@ impl<B: Backend> Plan<B> {
         let schedule = schedule::lower(spec, Scope::Routing, max_tokens, &backend.facts(), options)?;
         router.check(spec)?;
         Self::from_schedule(backend, schedule, &fill(router, None))
+    }
+
+    /// Plans one stage without a layer around it: an activation, the quantisation of rows, or both in one step. Ids and
+    /// weights alone are [`Plan::routing`]; single steps of a layer [`Bound::record_steps`].
+    ///
+    /// A plan like any other: [`Io::hidden_states`] are the rows that enter, [`Io::output`] those that leave, scales
+    /// stand in the scratch's buffer [`schedule::SCALES`].
+    ///
+    /// # Errors
+    /// As [`schedule::stage`], and a refusing device.
+    ///
+    /// # Example
+    ///
+    /// Clamped SwiGLU and FP8 codes of 4 columns behind a host's own GEMM:
+    ///
+    /// ```
+    /// use moewe::backend::cpu::{CpuBuffer, CpuEncoder};
+    /// use moewe::kernels::{Activated, ScaleLayout, ValueSource};
+    /// use moewe::schedule::{Codes, SCALES, StageSpec};
+    /// use moewe::spec::{Activation, ActivationQuant, ActivationRounding, ActivationScale, FloatType, Rounding};
+    /// use moewe::{Backend, Cpu, Io, Plan, Scratch, Tokens};
+    ///
+    /// # fn main() -> moewe::Result<()> {
+    /// let activated = Activated {
+    ///     activation: Activation::Swiglu { limit: Some(7.0) },
+    ///     gate_up: Rounding::F32,
+    ///     rounding: ActivationRounding::F32,
+    ///     weighted: false,
+    /// };
+    /// let quant = ActivationQuant::dynamic_fp8(4, ActivationScale::F32);
+    /// let codes = Some(Codes { quant, layout: ScaleLayout::RowMajor });
+    /// let spec = StageSpec { source: ValueSource::Activated(activated), cols: 4, codes, model: FloatType::F32 };
+    ///
+    /// let backend = Cpu::new();
+    /// let plan = Plan::stage(backend, &spec, 1)?;
+    /// let scratch = Scratch::new(&backend, &plan.scratch_layout())?;
+    /// // One row; gate and up alternate.
+    /// let gate_up = [100.0f32, 1.0, 100.0, 2.0, 100.0, 100.0, 0.0, 1.0];
+    /// let rows = CpuBuffer::from_words(gate_up.map(f32::to_bits).to_vec());
+    /// let codes = backend.create_buffer("codes", 4, false)?;
+    /// let bound = plan.bind(&Io { output: Some(&codes), ..Io::of(&rows) }, &scratch)?;
+    /// bound.record(&mut CpuEncoder, &Tokens::Host(1))?;
+    ///
+    /// // silu(7) = 6.99363, and up is bounded by 7 too: the largest value is 448 scales, code 0x7e.
+    /// let scales = scratch.buffer(SCALES).map(CpuBuffer::to_words).unwrap_or_default();
+    /// assert!((f32::from_bits(scales[0]) - 7.0 * 6.99363 / 448.0).abs() < 1e-6);
+    /// assert_eq!(codes.to_words()[0].to_le_bytes()[2..], [0x7e, 0]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn stage(backend: B, spec: &StageSpec, max_tokens: usize) -> Result<Self> {
+        let schedule = schedule::stage(spec, max_tokens, &backend.facts())?;
+        Self::from_schedule(backend, schedule, &|_, _, _| Ok(()))
     }
 
     /// Plans a schedule whose own buffers `fill` writes.

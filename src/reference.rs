@@ -815,7 +815,7 @@ impl Largest {
             largest.shared.input = rows().map(numerics::largest_magnitude).fold(0.0, larger);
             let hidden = rows().flat_map(|x| weights.shared.iter().map(move |shared| (x, shared)));
             let hidden = hidden.map(|(x, shared)| {
-                numerics::largest_magnitude(&hidden_row(spec, mlp, shared, ExpertRow::of(x), &largest.shared))
+                numerics::largest_magnitude(hidden_row(spec, mlp, shared, ExpertRow::of(x), &largest.shared))
             });
             largest.shared.hidden = hidden.fold(0.0, larger);
         }
@@ -824,7 +824,7 @@ impl Largest {
 }
 
 fn larger(a: f32, b: f32) -> f32 {
-    numerics::largest_magnitude(&[a, b])
+    numerics::largest_magnitude([a, b])
 }
 
 /// A row as a GEMM reads it.

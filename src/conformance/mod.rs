@@ -12,8 +12,11 @@
 //! - `carrier`: the schedule is the right one, but for one thing that the field acts through: a step, a table of
 //!   the plan's, or the way a matrix is read. Each of them in turn, for few tokens and for many.
 //!
+//! [`ablation`] drops fields of a layer as a user has it, and leaves it to the reference what that does.
+//!
 //! For the tool, the tests and the benches; no other part of the library uses it.
 
+pub mod ablation;
 mod matrix;
 mod mutants;
 pub mod report;
@@ -100,6 +103,12 @@ pub struct Outcome {
     pub because: String,
     /// Things that the field acts through, with [`Mutant::Carrier`].
     pub carriers: usize,
+}
+
+/// Whether every dotted word of `words` is one of the path's, in order.
+fn within(words: &str, path: &str) -> bool {
+    let mut path = path.split('.');
+    words.split('.').all(|word| path.any(|other| other == word))
 }
 
 /// Both mutants of one witness on a backend.

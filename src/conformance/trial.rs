@@ -5,7 +5,7 @@ use super::mutants::{self, Lowered};
 use super::sample::{LayerInputs, READ, RandomLayer};
 use super::witnesses::{Effect, Special, Witness};
 use super::{Mutant, Outcome, Status};
-use crate::error::{Error, Result, Unsupported};
+use crate::error::{Error, Result};
 use crate::host::{Host, decode, encode, poison};
 use crate::plan::{self, Io, Plan, Scratch, Tokens};
 use crate::reference;
@@ -357,17 +357,11 @@ fn off_by(off: f64) -> String {
 /// A refusal, if it names the field.
 fn refusal(field: &str, error: Error, what: &str) -> Verdict {
     match error {
-        Error::Unsupported(refusal) if names(&refusal, field) => {
+        Error::Unsupported(refusal) if super::within(&refusal.field, field) => {
             Verdict::Refused { because: refusal.because.to_string(), reason: format!("{what}{refusal}") }
         }
         error => Verdict::Broken(error.to_string()),
     }
-}
-
-/// Whether every word of the refused path is one of the field's, in order.
-fn names(refusal: &Unsupported, field: &str) -> bool {
-    let mut words = field.split('.');
-    refusal.field.split('.').all(|refused| words.any(|word| word == refused))
 }
 
 /// Which matrices a reader takes to be stored otherwise.

@@ -38,7 +38,8 @@ impl Activate {
         let (words, weights) = (arguments.read("rows")?, source.weights(arguments)?);
         let out: &mut [f32] = bytemuck::cast_slice_mut(arguments.write("out")?);
         out[..rows * self.cols].par_chunks_exact_mut(self.cols).enumerate().for_each(|(row, out)| {
-            out.copy_from_slice(&source.row(words, weights, row, self.cols, self.model));
+            let at = |col| source.value(words, weights, [row, col], self.cols, self.model);
+            out.iter_mut().enumerate().for_each(|(col, out)| *out = at(col));
         });
         Ok(())
     }

@@ -104,7 +104,8 @@ impl Assign {
         let rows = arguments.tokens()? * self.rows_per_token;
         let first_token = arguments.first_token()? as usize;
         let num_slots = self.num_slots as i32;
-        let assigned: Vec<i32> = match self.by {
+        let out = arguments.write("slots_out")?.iter_mut().take(rows).enumerate();
+        match self.by {
             AssignBy::Expert { num_experts, selectable, slots } => {
                 let ids = arguments.read_i32("topk_ids")?;
                 let table = match slots {
@@ -126,7 +127,7 @@ impl Assign {
                     Ok(id) if id < selectable => num_slots + (id - num_experts) as i32,
                     Ok(_) | Err(_) => -3,
                 };
-                (0..rows).map(one).collect()
+                out.for_each(|(row, slot)| *slot = one(row) as u32);
             }
             AssignBy::Batched { capacity } => {
                 let counts = arguments.read("counts")?;
@@ -134,7 +135,7 @@ impl Assign {
                     let (slot, at) = (row / capacity, row % capacity);
                     if at < counts[slot] as usize { slot as i32 } else { -1 }
                 };
-                (first_token..first_token + rows).map(one).collect()
+                out.for_each(|(row, slot)| *slot = one(first_token + row) as u32);
             }
             AssignBy::Adapter { num_adapters } => {
                 let (slots, adapters) = (arguments.read_i32("row_slots")?, arguments.read_i32("adapter_ids")?);
@@ -146,10 +147,9 @@ impl Assign {
                         Ok(_) | Err(_) => -2,
                     }
                 };
-                (0..rows).map(one).collect()
+                out.for_each(|(row, slot)| *slot = one(row) as u32);
             }
-        };
-        arguments.write("slots_out")?[..rows].copy_from_slice(bytemuck::cast_slice(&assigned));
+        }
         Ok(())
     }
 }

@@ -3,6 +3,8 @@
 //! `out[t] = scale * sum over slots of weight * expert_out (+ bias) (+ shared_out)`, in the order and with the
 //! roundings of the precision. Bounded by the contraction of products and sums, and by the gate's `exp`.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::{
@@ -189,7 +191,7 @@ impl Combine {
         let values = tokens * self.hidden_size;
         let expert_out = arguments.read_f32("expert_out")?;
         let bias = if self.output_bias { Some(arguments.read_f32("output_bias")?) } else { None };
-        let routed = SlotRows::read(&self.routed, arguments, tokens)?;
+        let routed = SlotRows::read(&self.routed, arguments)?;
         let shared = match &self.shared {
             None => None,
             Some(SharedRows { mlps: 0, factor: _, average: _ }) => Some((&[][..], None)),
@@ -206,14 +208,21 @@ impl Combine {
             let (token, col) = (at / self.hidden_size, at % self.hidden_size);
             let sum = match &routed {
                 None => expert_out[at],
-                Some(rows) if rows.missed[token] => return f32::NAN,
-                Some(rows) => rows.slots[token].iter().fold(0.0, |sum, slot| {
-                    let value = match slot.from {
-                        SlotFrom::Expert(row) => expert_out[row * self.hidden_size + col],
-                        SlotFrom::Identity(input, words) => decode_value(words, input, at),
-                    };
-                    self.step(sum + self.weighted(slot.weight, value))
-                }),
+                Some(rows) if rows.missed(token) => return f32::NAN,
+                Some(rows) => {
+                    let (mut sum, mut last) = (0.0, None);
+                    while let Some(slot) = rows.next(token, last) {
+                        if let Some((weight, from)) = rows.of(slot) {
+                            let value = match from {
+                                SlotFrom::Expert(row) => expert_out[row * self.hidden_size + col],
+                                SlotFrom::Identity(input, words) => decode_value(words, input, at),
+                            };
+                            sum = self.step(sum + self.weighted(weight, value));
+                        }
+                        last = Some(slot);
+                    }
+                    sum
+                }
             };
             let mut sum = self.step(self.output_scale * sum);
             if let Some(bias) = bias {
@@ -262,16 +271,18 @@ impl Combine {
     }
 }
 
-/// The slots of each token that contribute, in order.
+/// What the slots of tokens say. Asked for each value, as the kernel does: no list of them is kept.
 struct SlotRows<'a> {
-    slots: Vec<Vec<SlotRow<'a>>>,
-    /// Whether a token has a slot that nobody has.
-    missed: Vec<bool>,
-}
-
-struct SlotRow<'a> {
-    weight: f32,
-    from: SlotFrom<'a>,
+    num_slots: usize,
+    selectable: usize,
+    top_k: usize,
+    weighted: bool,
+    row_slots: &'a [i32],
+    /// What slots are ordered by; their place without it.
+    order: Option<&'a [i32]>,
+    weights: Option<&'a [f32]>,
+    /// What zero experts return.
+    identity: Option<(FloatType, &'a [u32])>,
 }
 
 enum SlotFrom<'a> {
@@ -282,7 +293,7 @@ enum SlotFrom<'a> {
 }
 
 impl<'a> SlotRows<'a> {
-    fn read(routed: &Routed, arguments: &Arguments<'a>, tokens: usize) -> Result<Option<Self>> {
+    fn read(routed: &Routed, arguments: &Arguments<'a>) -> Result<Option<Self>> {
         let (num_slots, selectable, top_k, weighted, identity, order, slots_in_order) = match *routed {
             Routed::Row => return Ok(None),
             Routed::Slots { num_slots, selectable, top_k, weighted, identity, order, slots_in_order } => {
@@ -290,36 +301,54 @@ impl<'a> SlotRows<'a> {
             }
         };
         let row_slots = arguments.read_i32("row_slots")?;
-        let by_id = order == CombineOrder::Expert && !slots_in_order;
-        let ids = if by_id { arguments.read_i32("topk_ids")? } else { row_slots };
+        let order = match order {
+            CombineOrder::Slot => None,
+            CombineOrder::Expert if slots_in_order => Some(row_slots),
+            CombineOrder::Expert => Some(arguments.read_i32("topk_ids")?),
+        };
         let needs_weights = weighted || identity.is_some();
         let weights = if needs_weights { Some(arguments.read_f32("topk_weights")?) } else { None };
-        let rows = match identity {
+        let identity = match identity {
             None => None,
             Some(input) => Some((input, arguments.read("rows")?)),
         };
-        let (mut slots, mut missed) = (vec![], vec![]);
-        for token in 0..tokens {
-            let mut chosen: Vec<usize> = (token * top_k..(token + 1) * top_k).collect();
-            match order {
-                CombineOrder::Slot => {}
-                CombineOrder::Expert => chosen.sort_by_key(|&slot| ids[slot]),
+        Ok(Some(Self { num_slots, selectable, top_k, weighted, row_slots, order, weights, identity }))
+    }
+
+    /// Whether a token has a slot that nobody has.
+    fn missed(&self, token: usize) -> bool {
+        let in_range = |slot: i32| usize::try_from(slot).is_ok_and(|slot| slot < self.selectable);
+        self.slots(token).any(|slot| self.row_slots[slot] != -1 && !in_range(self.row_slots[slot]))
+    }
+
+    fn slots(&self, token: usize) -> Range<usize> {
+        token * self.top_k..(token + 1) * self.top_k
+    }
+
+    /// The slot behind `last` in the order of the sum. Twin: shaders/fragments/order_*.wgsl
+    fn next(&self, token: usize, last: Option<usize>) -> Option<usize> {
+        match self.order {
+            None => {
+                last.map_or(Some(token * self.top_k), |slot| Some(slot + 1)).filter(|&s| self.slots(token).contains(&s))
             }
-            let in_range = |slot: i32| usize::try_from(slot).is_ok_and(|slot| slot < selectable);
-            missed.push(chosen.iter().any(|&slot| row_slots[slot] != -1 && !in_range(row_slots[slot])));
-            let weight = |slot: usize| weights.map_or(1.0, |weights| weights[slot]);
-            let contributes = |slot: usize| match (usize::try_from(row_slots[slot]), rows) {
-                (Ok(chosen), _) if chosen < num_slots => {
-                    Some(SlotRow { weight: if weighted { weight(slot) } else { 1.0 }, from: SlotFrom::Expert(slot) })
-                }
-                (Ok(_), Some((input, words))) => {
-                    Some(SlotRow { weight: weight(slot), from: SlotFrom::Identity(input, words) })
-                }
-                (Ok(_), None) | (Err(_), _) => None,
-            };
-            slots.push(chosen.into_iter().filter_map(contributes).collect());
+            Some(ids) => {
+                let key = |slot: usize| (ids[slot], slot);
+                let behind = |slot: &usize| last.is_none_or(|last| key(*slot) > key(last));
+                self.slots(token).filter(behind).min_by_key(|slot| key(*slot))
+            }
         }
-        Ok(Some(Self { slots, missed }))
+    }
+
+    /// What a slot adds, and with which weight.
+    fn of(&self, slot: usize) -> Option<(f32, SlotFrom<'a>)> {
+        let weight = || self.weights.map_or(1.0, |weights| weights[slot]);
+        match (usize::try_from(self.row_slots[slot]), self.identity) {
+            (Ok(chosen), _) if chosen < self.num_slots => {
+                Some((if self.weighted { weight() } else { 1.0 }, SlotFrom::Expert(slot)))
+            }
+            (Ok(_), Some((input, words))) => Some((weight(), SlotFrom::Identity(input, words))),
+            (Ok(_), None) | (Err(_), _) => None,
+        }
     }
 }
 

@@ -5,6 +5,8 @@
 //! Tolerance against the twin: the order of an f32 sum and the device's `exp` are free (Bounded).
 //! A long file: the contract and the twin beside each other.
 
+use std::cell::Cell;
+
 use rayon::prelude::*;
 
 use super::pack::{PackedBlocks, PackedMatrix, SPAN_WORDS};
@@ -454,22 +456,80 @@ impl GroupedGemm {
     }
 
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
+        // Taken, not borrowed: a thread that waits for another's part may begin another call meanwhile.
+        let mut memory = MEMORY.take();
+        let result = self.run_in(arguments, &mut memory);
+        MEMORY.set(memory);
+        result
+    }
+
+    /// Makes room, on this thread, for a call on buffers of so many words.
+    pub(super) fn reserve(&self, words: impl Iterator<Item = (&'static str, usize)>) {
+        let (mut out, mut spans) = (0, 0);
+        for (name, words) in words {
+            match name {
+                "out" => out = words,
+                "spans" => spans = words,
+                _ => {}
+            }
+        }
+        let (rows, groups) = (out / self.features().max(1), spans / SPAN_WORDS);
+        let entering = rows.div_ceil(self.shared_by());
+        let mut memory = MEMORY.take();
+        let Memory { slots, starts, by_slot, place, used, values, scales, tasks, results } = &mut memory;
+        make_room(slots, rows);
+        make_room(starts, groups + 1);
+        make_room(by_slot, rows);
+        make_room(place, entering);
+        make_room(used, entering);
+        make_room(values, entering * self.padded());
+        make_room(scales, entering * self.scales_per_row());
+        make_room(tasks, groups * self.features().div_ceil(STRETCH));
+        make_room(results, out);
+        MEMORY.set(memory);
+        let mut weights = WEIGHTS.take();
+        make_room(&mut weights, self.padded());
+        WEIGHTS.set(weights);
+    }
+
+    /// Rows that read one decoded row: those of an entering row, unless each is weighted by itself.
+    fn shared_by(&self) -> usize {
+        if self.weigh_input.is_some() { 1 } else { self.input_divisor }
+    }
+
+    /// Columns of a decoded row: whole vectors of codes.
+    fn padded(&self) -> usize {
+        let layout = self.layout();
+        layout.vecs_per_row() * layout.codes_per_vec()
+    }
+
+    /// Scales of an entering row.
+    fn scales_per_row(&self) -> usize {
+        match self.input {
+            RowValues::Floats(_) => 0,
+            RowValues::Codes { code: _, group, scales: _ } => self.cols.div_ceil(group.unwrap_or(self.cols)),
+        }
+    }
+
+    fn run_in(&self, arguments: &mut Arguments<'_>, memory: &mut Memory) -> Result<()> {
+        let Memory { slots, starts, by_slot, place, used, values, scales, tasks, results } = memory;
         let rows = arguments.read("rows")?;
         let segment = arguments.read("segment")?;
         let spans = arguments.read("spans")?;
-        let slots: Vec<i32> = match (self.variant, self.rows) {
+        slots.clear();
+        match (self.variant, self.rows) {
             (
                 GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ }
                 | GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
                 | GemmVariant::Tiled,
                 RowSource::Direct { groups },
-            ) => (0..arguments.tokens()? * groups).map(|row| (row % groups) as i32).collect(),
+            ) => slots.extend((0..arguments.tokens()? * groups).map(|row| (row % groups) as i32)),
             (
                 GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ },
                 RowSource::Routed { top_k, num_slots },
             ) => {
-                let slots = &arguments.read_i32("row_slots")?[..arguments.tokens()? * top_k];
-                slots.iter().map(|&slot| if slot < num_slots as i32 { slot } else { -1 }).collect()
+                let found = &arguments.read_i32("row_slots")?[..arguments.tokens()? * top_k];
+                slots.extend(found.iter().map(|&slot| if slot < num_slots as i32 { slot } else { -1 }));
             }
             (
                 GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ } | GemmVariant::Tiled,
@@ -477,117 +537,207 @@ impl GroupedGemm {
             ) => {
                 let sorted_rows = arguments.read("sorted_rows")?;
                 let tiles = arguments.read("tiles")?;
-                let mut slots = vec![-1; sorted_rows.len()];
+                slots.resize(sorted_rows.len(), -1);
                 for tile in tiles.chunks_exact(4).skip(1).take(tiles[0] as usize) {
                     let (first, count) = (tile[1] as usize, tile[2] as usize);
                     for &row in &sorted_rows[first..first + count] {
                         slots[row as usize] = tile[0] as i32;
                     }
                 }
-                slots
             }
-        };
+        }
         let layout = self.layout();
         let (features, feature_rows) = (self.features(), self.feature_rows());
         let out: &mut [f32] = bytemuck::cast_slice_mut(arguments.write("out")?);
-        let mut rows_of: Vec<Vec<usize>> = vec![vec![]; spans.len() / SPAN_WORDS];
-        for (row, slot) in slots.iter().enumerate() {
-            if let Some(rows) = usize::try_from(*slot).ok().and_then(|slot| rows_of.get_mut(slot)) {
-                rows.push(row);
+        let groups = spans.len() / SPAN_WORDS;
+        sort_by_slot(slots, groups, starts, by_slot);
+        let rows_of = |slot: usize| &by_slot[starts[slot]..starts[slot + 1]];
+        let padded = self.padded();
+        // An entering row for all its rows, or weighted for each. Those that nobody reads are not decoded; buffers
+        // may be longer than this call's rows.
+        let divisor = self.shared_by();
+        place.clear();
+        place.resize(by_slot.iter().max().map_or(0, |row| row / divisor + 1), usize::MAX);
+        used.clear();
+        for row in by_slot.iter() {
+            let at = &mut place[row / divisor];
+            if *at == usize::MAX {
+                *at = used.len();
+                used.push(row / divisor);
             }
         }
-        let padded = layout.vecs_per_row() * layout.codes_per_vec();
-        // Buffers may be longer than this call's rows: what lies behind them is not read.
-        let last = rows_of.iter().flatten().max().map_or(0, |row| row + 1);
-        // An entering row for all its rows, or weighted for each.
-        let (divisor, weights) = match self.weigh_input {
-            None => (self.input_divisor, None),
-            Some(_) => (1, Some(arguments.read_f32("topk_weights")?)),
-        };
-        let row_scales = match self.input {
-            RowValues::Floats(_) => None,
-            RowValues::Codes { code: _, group, scales } => {
-                Some((arguments.read("input_scales")?, group.unwrap_or(self.cols), scales))
-            }
-        };
-        let entering = |index: usize| {
-            let row = index * divisor / self.input_divisor;
-            let mut values = decode_row(rows, self.input, row, self.cols, padded);
+        let weights = self.weigh_input.map(|_| arguments.read_f32("topk_weights")).transpose()?;
+        values.clear();
+        values.resize(used.len() * padded, 0.0);
+        values.par_chunks_exact_mut(padded.max(1)).zip(&used[..]).for_each(|(values, &index)| {
+            decode_row(rows, self.input, index * divisor / self.input_divisor, self.cols, values);
             if let (Some(rounding), Some(weights)) = (self.weigh_input, weights) {
-                for value in &mut values {
+                for value in &mut values[..self.cols] {
                     *value = self.round(rounding, *value * weights[index]);
                 }
             }
-            let scales = row_scales.map_or_else(Vec::new, |(words, group, layout)| {
-                let groups = self.cols.div_ceil(group);
-                (0..groups).map(|at| layout.read(words, row, at, groups)).collect()
-            });
-            EnteringRow { values, scales }
+        });
+        scales.clear();
+        let per_row = self.scales_per_row();
+        let group = match self.input {
+            RowValues::Floats(_) => self.cols,
+            RowValues::Codes { code: _, group, scales: layout } => {
+                let words = arguments.read("input_scales")?;
+                for index in &used[..] {
+                    let row = index * divisor / self.input_divisor;
+                    scales.extend((0..per_row).map(|at| layout.read(words, row, at, per_row)));
+                }
+                group.unwrap_or(self.cols)
+            }
         };
-        let group = row_scales.map_or(self.cols, |(_, group, _)| group);
+        let entering = |row: usize| {
+            let at = place[row / divisor];
+            EnteringRow { values: &values[at * padded..][..padded], scales: &scales[at * per_row..][..per_row] }
+        };
         let k_block = self.k_block().unwrap_or(padded);
-        let used: Vec<bool> = {
-            let mut used = vec![false; last.div_ceil(divisor)];
-            rows_of.iter().flatten().for_each(|row| used[row / divisor] = true);
-            used
-        };
-        let none = || EnteringRow { values: vec![], scales: vec![] };
-        let x: Vec<EnteringRow> =
-            used.par_iter().enumerate().map(|(row, used)| if *used { entering(row) } else { none() }).collect();
         let epilogue = EpilogueInputs::read(self.epilogue, arguments)?;
         let delta = self.delta.map(|_| arguments.read_f32("delta")).transpose()?;
         // One task per group and stretch of features: a weight is decoded once for all rows of its group,
         // and a single token still uses every thread.
-        const STRETCH: usize = 32;
-        let tasks: Vec<(usize, usize, usize)> = (0..rows_of.len())
-            .filter(|&slot| !rows_of[slot].is_empty())
-            .flat_map(|slot| {
-                let [begin, end] = [0, 1].map(|word| spans[slot * SPAN_WORDS + word] as usize / feature_rows);
-                (begin..end).step_by(STRETCH).map(move |first| (slot, first, (first + STRETCH).min(end)))
-            })
-            .collect();
-        let results: Vec<Vec<f32>> = tasks
-            .par_iter()
-            .map(|&(slot, first, end)| {
-                let span = &spans[slot * SPAN_WORDS..][..SPAN_WORDS];
-                let rows = &rows_of[slot];
-                let mut values = vec![0.0; rows.len() * (end - first)];
-                let mut weights = vec![0.0; padded];
-                let mut sums = vec![[0.0; 2]; rows.len()];
-                for feature in first..end {
-                    for part in 0..feature_rows {
-                        let packed = feature * feature_rows + part;
-                        let bias = if self.bias { segment[(span[4] + packed as u32 - span[0]) as usize] } else { 0 };
-                        layout.decode(segment, span, packed, &mut weights);
-                        for (sums, &row) in sums.iter_mut().zip(rows) {
-                            let x = &x[row / divisor];
-                            let sum = match x.scales.is_empty() {
-                                true => layout.dot(segment, span, packed, &weights, &x.values),
-                                false => layout.code_dot(segment, span, packed, &weights, x, [group, k_block]),
-                            };
-                            let added = delta.map(|delta| delta[row * self.matrix_rows + packed]);
-                            sums[part] = self.adapt(sum, added) + f32::from_bits(bias);
-                        }
-                    }
-                    for (at, sums) in sums.iter().enumerate() {
-                        values[at * (end - first) + feature - first] = self.finish(&epilogue, rows[at], feature, *sums);
+        tasks.clear();
+        let mut offset = 0;
+        for slot in (0..groups).filter(|&slot| !rows_of(slot).is_empty()) {
+            let [begin, end] = [0, 1].map(|word| spans[slot * SPAN_WORDS + word] as usize / feature_rows);
+            for first in (begin..end).step_by(STRETCH) {
+                let task = Task { slot, first, end: (first + STRETCH).min(end), offset };
+                offset += rows_of(slot).len() * (task.end - first);
+                tasks.push(task);
+            }
+        }
+        results.clear();
+        results.resize(offset, 0.0);
+        let compute = |&Task { slot, first, end, offset: _ }: &Task, values: &mut [f32]| {
+            let span = &spans[slot * SPAN_WORDS..][..SPAN_WORDS];
+            let rows = rows_of(slot);
+            let mut weights = WEIGHTS.take();
+            weights.clear();
+            weights.resize(padded, 0.0);
+            for feature in first..end {
+                for part in 0..feature_rows {
+                    let packed = feature * feature_rows + part;
+                    let bias = if self.bias { segment[(span[4] + packed as u32 - span[0]) as usize] } else { 0 };
+                    layout.decode(segment, span, packed, &mut weights);
+                    for (&row, values) in rows.iter().zip(values.chunks_exact_mut(end - first)) {
+                        let x = entering(row);
+                        let sum = match x.scales.is_empty() {
+                            true => layout.dot(segment, span, packed, &weights, x.values),
+                            false => layout.code_dot(segment, span, packed, &weights, x, [group, k_block]),
+                        };
+                        let added = delta.map(|delta| delta[row * self.matrix_rows + packed]);
+                        let sum = self.adapt(sum, added) + f32::from_bits(bias);
+                        // The gate's sum waits where the result will stand.
+                        let value = &mut values[feature - first];
+                        let sums = if part == 0 { [sum, 0.0] } else { [*value, sum] };
+                        *value = match part + 1 == feature_rows {
+                            true => self.finish(&epilogue, row, feature, sums),
+                            false => sum,
+                        };
                     }
                 }
-                values
-            })
-            .collect();
+            }
+            WEIGHTS.set(weights);
+        };
+        each_task(tasks, results, &compute);
         if self.fill_absent {
             for (row, slot) in slots.iter().enumerate().filter(|(_, slot)| **slot < 0) {
                 out[row * features..(row + 1) * features].fill(if *slot == -1 { 0.0 } else { f32::NAN });
             }
         }
-        for ((slot, first, end), values) in tasks.into_iter().zip(results) {
-            for (row, values) in rows_of[slot].iter().zip(values.chunks_exact(end - first)) {
+        for &Task { slot, first, end, offset } in tasks.iter() {
+            for (row, values) in rows_of(slot).iter().zip(results[offset..].chunks_exact(end - first)) {
                 out[row * features + first..row * features + end].copy_from_slice(values);
             }
         }
         Ok(())
     }
+}
+
+/// Empties it, with room for so many.
+fn make_room<T>(memory: &mut Vec<T>, count: usize) {
+    memory.clear();
+    // Without the room a call allocates what it needs, which may be less.
+    let _ = memory.try_reserve(count);
+}
+
+/// Features of a task.
+const STRETCH: usize = 32;
+
+/// What the twin needs beside its buffers. Each thread keeps its own, as large as its largest call.
+#[derive(Default)]
+struct Memory {
+    /// Of each row; less than 0 for none.
+    slots: Vec<i32>,
+    /// Where the rows of each slot begin in `by_slot`, and where the last end.
+    starts: Vec<usize>,
+    /// Rows in order of their slots.
+    by_slot: Vec<usize>,
+    /// Of each entering row in `values`, or `usize::MAX`.
+    place: Vec<usize>,
+    /// The entering rows that are read, in order of their places.
+    used: Vec<usize>,
+    /// Their values, padded with zeros.
+    values: Vec<f32>,
+    /// Their scales.
+    scales: Vec<f32>,
+    tasks: Vec<Task>,
+    /// What each task computes: rows of its features.
+    results: Vec<f32>,
+}
+
+thread_local! {
+    static MEMORY: Cell<Memory> = Cell::default();
+    /// One packed row, decoded.
+    static WEIGHTS: Cell<Vec<f32>> = Cell::default();
+}
+
+/// Some features of all rows of a group.
+struct Task {
+    slot: usize,
+    first: usize,
+    end: usize,
+    /// First value in the results.
+    offset: usize,
+}
+
+/// Runs tasks side by side, each on its part of the results.
+fn each_task(tasks: &[Task], results: &mut [f32], run: &(impl Fn(&Task, &mut [f32]) + Sync)) {
+    match tasks {
+        [] => {}
+        [task] => run(task, results),
+        [first, ..] => {
+            let (left, right) = tasks.split_at(tasks.len() / 2);
+            let cut = right.first().map_or(0, |task| task.offset - first.offset);
+            let (of_left, of_right) = results.split_at_mut(cut);
+            rayon::join(|| each_task(left, of_left, run), || each_task(right, of_right, run));
+        }
+    }
+}
+
+/// Rows in order of slot, stable, and where those of each begin; slots outside `0..groups` are left out.
+fn sort_by_slot(slots: &[i32], groups: usize, starts: &mut Vec<usize>, by_slot: &mut Vec<usize>) {
+    let legal = |slot: &i32| usize::try_from(*slot).ok().filter(|slot| *slot < groups);
+    starts.clear();
+    starts.resize(groups + 1, 0);
+    slots.iter().filter_map(legal).for_each(|slot| starts[slot + 1] += 1);
+    for slot in 0..groups {
+        starts[slot + 1] += starts[slot];
+    }
+    by_slot.clear();
+    by_slot.resize(starts[groups], 0);
+    for (row, slot) in slots.iter().enumerate() {
+        if let Some(slot) = legal(slot) {
+            by_slot[starts[slot]] = row;
+            starts[slot] += 1;
+        }
+    }
+    // Each begin has become its end, which is the next one's begin.
+    starts.copy_within(..groups, 1);
+    starts[0] = 0;
 }
 
 /// What an epilogue reads beside the sums.
@@ -652,14 +802,14 @@ impl GroupedGemm {
 }
 
 /// A row as f32, and where it holds codes their scales.
-struct EnteringRow {
-    values: Vec<f32>,
-    scales: Vec<f32>,
+#[derive(Clone, Copy)]
+struct EnteringRow<'a> {
+    values: &'a [f32],
+    scales: &'a [f32],
 }
 
-/// One entering row as f32, padded with zeros to `padded` columns.
-fn decode_row(words: &[u32], input: RowValues, row: usize, cols: usize, padded: usize) -> Vec<f32> {
-    let mut values = vec![0.0; padded];
+/// One entering row as f32 in the first `cols` values.
+fn decode_row(words: &[u32], input: RowValues, row: usize, cols: usize, values: &mut [f32]) {
     let first = row * input.stride(cols);
     for (col, value) in values.iter_mut().enumerate().take(cols) {
         let at = first + col;
@@ -670,7 +820,6 @@ fn decode_row(words: &[u32], input: RowValues, row: usize, cols: usize, padded: 
             }
         };
     }
-    values
 }
 
 impl PackedMatrix {
@@ -723,10 +872,7 @@ impl PackedMatrix {
                         match (zero == 0.0, min == 0.0) {
                             (true, true) => lane_dot(weights, x) * scale,
                             (true, false) => lane_dot(weights, x) * scale - min * total(),
-                            (false, _) => {
-                                let weights: Vec<f32> = weights.iter().map(|weight| weight - zero).collect();
-                                lane_dot(&weights, x) * scale - min * total()
-                            }
+                            (false, _) => lane_dot_less(weights, zero, x) * scale - min * total(),
                         }
                     };
                     parts.enumerate().map(one).sum()
@@ -751,7 +897,7 @@ impl PackedMatrix {
         span: &[u32],
         packed: usize,
         weights: &[f32],
-        x: &EnteringRow,
+        x: EnteringRow<'_>,
         [group, k_block]: [usize; 2],
     ) -> f32 {
         let blocks = self.blocks().map(|blocks| {
@@ -768,7 +914,7 @@ impl PackedMatrix {
             };
             let sum = match zero == 0.0 {
                 true => lane_dot(weights, values),
-                false => lane_dot(&weights.iter().map(|weight| weight - zero).collect::<Vec<_>>(), values),
+                false => lane_dot_less(weights, zero, values),
             };
             // A scale of a whole row acts behind the sum.
             sum * (scale * if x.scales.len() == 1 { 1.0 } else { x.scales[col / group] })
@@ -786,6 +932,19 @@ fn lane_dot(a: &[f32], b: &[f32]) -> f32 {
     for (a, b) in a_lanes.zip(b_lanes) {
         for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
             *sum += a * b;
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+/// Likewise with `zero` taken off each of `a`: no copy of them is made, and nothing is taken off where it is 0.
+fn lane_dot_less(a: &[f32], zero: f32, b: &[f32]) -> f32 {
+    let (a_lanes, b_lanes) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest: f32 = a_lanes.remainder().iter().zip(b_lanes.remainder()).map(|(a, b)| (a - zero) * b).sum();
+    let mut sums = [0.0f32; 16];
+    for (a, b) in a_lanes.zip(b_lanes) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += (a - zero) * b;
         }
     }
     sums.iter().sum::<f32>() + rest

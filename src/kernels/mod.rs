@@ -18,6 +18,8 @@ pub mod topk_routing;
 
 use std::fmt::Write as _;
 
+use arrayvec::ArrayVec;
+
 use crate::error::{Error, Result};
 use crate::numerics;
 use crate::spec::FloatType;
@@ -161,6 +163,24 @@ impl Operation {
             | Self::Diagnose(_)
             | Self::Synthesize(_)
             | Self::Stream(Stream) => 0,
+        }
+    }
+
+    /// Makes room, on this thread, for what its twin needs beside buffers of so many words, by binding.
+    pub(crate) fn reserve(&self, words: impl Iterator<Item = (&'static str, usize)>) {
+        match self {
+            Self::GroupedGemm(kernel) => kernel.reserve(words),
+            Self::Norm(_)
+            | Self::TopkRouting(_)
+            | Self::Assign(_)
+            | Self::Permute(_)
+            | Self::Activate(_)
+            | Self::Quantize(_)
+            | Self::Amax(_)
+            | Self::Diagnose(_)
+            | Self::Combine(_)
+            | Self::Synthesize(_)
+            | Self::Stream(Stream) => {}
         }
     }
 
@@ -338,9 +358,12 @@ fn decode_value(words: &[u32], float_type: FloatType, index: usize) -> f32 {
     }
 }
 
-/// The buffers of one step, by binding, while its twin runs.
+/// Most bindings of a kernel: WebGPU's default limits have 8 storage buffers, and there is one uniform.
+pub const MAX_BINDINGS: usize = 9;
+
+/// The buffers of one step, by binding, while its twin runs. On the stack: recording allocates nothing.
 pub struct Arguments<'a> {
-    slots: Vec<(&'static str, Slot<'a>)>,
+    slots: ArrayVec<(&'static str, Slot<'a>), MAX_BINDINGS>,
 }
 
 /// One buffer of a step, as words.
@@ -352,9 +375,9 @@ pub enum Slot<'a> {
 }
 
 impl<'a> Arguments<'a> {
-    /// Buffers in the order of the step's bindings.
-    pub fn new(slots: Vec<(&'static str, Slot<'a>)>) -> Self {
-        Self { slots }
+    /// Buffers by their bindings' names; those beyond [`MAX_BINDINGS`], which no kernel has, are left out.
+    pub fn new(slots: impl IntoIterator<Item = (&'static str, Slot<'a>)>) -> Self {
+        Self { slots: slots.into_iter().take(MAX_BINDINGS).collect() }
     }
 
     fn lacks(name: &'static str) -> Error {

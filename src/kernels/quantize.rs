@@ -188,38 +188,31 @@ impl ValueSource {
         Source { constants, bindings, fragments }
     }
 
-    /// Its twin: a row of values.
-    pub(super) fn row(
+    /// Its twin: the value at a row and column.
+    pub(super) fn value(
         self,
         words: &[u32],
         weights: Option<&[f32]>,
-        row: usize,
+        [row, col]: [usize; 2],
         cols: usize,
         model: FloatType,
-    ) -> Vec<f32> {
+    ) -> f32 {
         match self {
             Self::Rows { input, divisor, weigh } => {
-                let first = row / divisor * cols;
-                let value = |col: usize| {
-                    let value = decode_value(words, input, first + col);
-                    match (weigh, weights) {
-                        (Some(rounding), Some(weights)) => match rounding {
-                            Rounding::F32 => value * weights[row],
-                            Rounding::Model => numerics::round_to(model, value * weights[row]),
-                        },
-                        (_, _) => value,
-                    }
-                };
-                (0..cols).map(value).collect()
+                let value = decode_value(words, input, row / divisor * cols + col);
+                match (weigh, weights) {
+                    (Some(rounding), Some(weights)) => match rounding {
+                        Rounding::F32 => value * weights[row],
+                        Rounding::Model => numerics::round_to(model, value * weights[row]),
+                    },
+                    (_, _) => value,
+                }
             }
             Self::Activated(activated) => {
                 let pair = if activated.activation.gated() { 2 } else { 1 };
-                let value = |col: usize| {
-                    let at = (row * cols + col) * pair;
-                    let sums = [at, at + pair - 1].map(|at| f32::from_bits(words[at]));
-                    activated.apply(model, sums, weights.map(|weights| weights[row]))
-                };
-                (0..cols).map(value).collect()
+                let at = (row * cols + col) * pair;
+                let sums = [at, at + pair - 1].map(|at| f32::from_bits(words[at]));
+                activated.apply(model, sums, weights.map(|weights| weights[row]))
             }
         }
     }
@@ -306,13 +299,10 @@ impl Quantize {
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
         let rows = arguments.tokens()? * self.rows_per_token;
         let (words, weights) = (arguments.read("rows")?, self.source.weights(arguments)?);
-        let span = |values: &[f32], rule, scale| {
-            SpanScale::dynamic(self.code, rule, scale, numerics::largest_magnitude(values))
-        };
         let tensor = match self.scale {
             RowScale::Tensor { rule, scale } => {
                 let parts: &[f32] = bytemuck::cast_slice(&arguments.read("partial_amax")?[..AMAX_PARTS]);
-                Some(span(parts, rule, scale))
+                Some(SpanScale::dynamic(self.code, rule, scale, numerics::largest_magnitude(parts)))
             }
             RowScale::Span { group: _, rule: _, scale: _, layout: _ } | RowScale::Fixed(_) => None,
         };
@@ -326,47 +316,57 @@ impl Quantize {
             }
             RowScale::Span { group: _, rule: _, scale: _, layout: _ } | RowScale::Tensor { rule: _, scale: _ } => None,
         };
-        // A row's codes and scales, as words and numbers.
-        let quantize = |row: usize| -> (Vec<u32>, Vec<f32>) {
-            let values = self.source.row(words, weights, row, self.cols, self.model);
-            let width = match self.scale {
-                RowScale::Span { group, rule: _, scale: _, layout: _ } => group.unwrap_or(self.cols),
-                RowScale::Tensor { rule: _, scale: _ } | RowScale::Fixed(_) => self.cols,
-            };
-            let mut codes = vec![0; self.code_words()];
-            let mut scales = vec![];
-            for (at, values) in values.chunks(width).enumerate() {
-                let scale = match (self.scale, tensor, fixed) {
-                    (RowScale::Span { group: _, rule, scale, layout: _ }, _, _) => span(values, rule, scale),
-                    (_, Some(tensor), _) => tensor,
-                    (_, None, Some((table, None))) => SpanScale::fixed(table[row % self.rows_per_token]),
-                    (_, None, Some((table, Some(slots)))) => {
-                        let scale = usize::try_from(slots[row]).ok().and_then(|slot| table.get(slot));
-                        SpanScale::fixed(scale.copied().unwrap_or(1.0))
-                    }
-                    (_, None, None) => SpanScale::fixed(f32::NAN),
-                };
-                scales.push(scale.scale);
-                for (col, value) in values.iter().enumerate() {
-                    let col = at * width + col;
-                    codes[col / 4] |= u32::from(scale.encode(self.code, *value)) << (8 * (col % 4));
+        let (width, layout) = match self.scale {
+            RowScale::Span { group, rule: _, scale: _, layout } => (group.unwrap_or(self.cols), layout),
+            RowScale::Tensor { rule: _, scale: _ } | RowScale::Fixed(_) => (self.cols, ScaleLayout::RowMajor),
+        };
+        let [spans, _] = self.spans();
+        // Values are computed where they are needed, twice: keeping them would take memory that a call has not.
+        let value = |row: usize, col: usize| self.source.value(words, weights, [row, col], self.cols, self.model);
+        let columns = |span: usize| span * width..((span + 1) * width).min(self.cols);
+        let scale_of = |row: usize, span: usize| match (self.scale, tensor, fixed) {
+            (RowScale::Span { group: _, rule, scale, layout: _ }, _, _) => {
+                let amax = numerics::largest_magnitude(columns(span).map(|col| value(row, col)));
+                SpanScale::dynamic(self.code, rule, scale, amax)
+            }
+            (_, Some(tensor), _) => tensor,
+            (_, None, Some((table, None))) => SpanScale::fixed(table[row % self.rows_per_token]),
+            (_, None, Some((table, Some(slots)))) => {
+                let scale = usize::try_from(slots[row]).ok().and_then(|slot| table.get(slot));
+                SpanScale::fixed(scale.copied().unwrap_or(1.0))
+            }
+            (_, None, None) => SpanScale::fixed(f32::NAN),
+        };
+        let encode = |row: usize, codes: &mut [u32], keep: &mut dyn FnMut(usize, f32)| {
+            codes.fill(0);
+            for span in 0..spans {
+                let scale = scale_of(row, span);
+                keep(span, scale.scale);
+                for col in columns(span) {
+                    codes[col / 4] |= u32::from(scale.encode(self.code, value(row, col))) << (8 * (col % 4));
                 }
             }
-            (codes, scales)
         };
-        let results: Vec<_> = (0..rows).into_par_iter().map(quantize).collect();
-        let layout = match self.scale {
-            RowScale::Span { group: _, rule: _, scale: _, layout } => layout,
-            RowScale::Tensor { rule: _, scale: _ } | RowScale::Fixed(_) => ScaleLayout::RowMajor,
-        };
-        let codes = arguments.write("codes")?;
+        let codes = &mut arguments.write("codes")?[..rows * self.code_words()];
+        let codes = codes.par_chunks_exact_mut(self.code_words()).enumerate();
         let scales = arguments.write("scales")?;
-        for (row, (row_codes, row_scales)) in results.into_iter().enumerate() {
-            codes[row * row_codes.len()..(row + 1) * row_codes.len()].copy_from_slice(&row_codes);
-            for (group, scale) in row_scales.iter().enumerate() {
-                layout.write(scales, row, group, row_scales.len(), *scale);
+        let row_words = match layout {
+            ScaleLayout::RowMajor => spans,
+            ScaleLayout::Packed => spans.div_ceil(4),
+            ScaleLayout::ColumnMajor { stride } => {
+                codes.for_each(|(row, codes)| encode(row, codes, &mut |_, _| {}));
+                let scales = scales[..spans * stride].par_chunks_exact_mut(stride).enumerate();
+                scales.for_each(|(span, column)| {
+                    let rows = column.iter_mut().take(rows).enumerate();
+                    rows.for_each(|(row, scale)| *scale = scale_of(row, span).scale.to_bits());
+                });
+                return Ok(());
             }
-        }
+        };
+        let scales = scales[..rows * row_words].par_chunks_exact_mut(row_words);
+        codes.zip(scales).for_each(|((row, codes), scales)| {
+            encode(row, codes, &mut |span, scale| layout.write(scales, 0, span, spans, scale));
+        });
         Ok(())
     }
 }
@@ -460,13 +460,13 @@ impl Amax {
         let part = |part: usize| {
             let rows = (part..rows).step_by(AMAX_PARTS).filter(|&row| counts(row));
             let largest = rows.map(|row| {
-                let values = self.source.row(words, weights, row, self.cols, self.model);
-                values.iter().map(|value| value.to_bits() & 0x7fff_ffff).max().unwrap_or(0)
+                let value = |col| self.source.value(words, weights, [row, col], self.cols, self.model);
+                (0..self.cols).map(|col| value(col).to_bits() & 0x7fff_ffff).max().unwrap_or(0)
             });
             largest.max().unwrap_or(0)
         };
-        let parts: Vec<u32> = (0..AMAX_PARTS).into_par_iter().map(part).collect();
-        arguments.write("partial_amax")?[..AMAX_PARTS].copy_from_slice(&parts);
+        let parts = &mut arguments.write("partial_amax")?[..AMAX_PARTS];
+        parts.par_iter_mut().enumerate().for_each(|(at, largest)| *largest = part(at));
         Ok(())
     }
 }

@@ -4,13 +4,18 @@
 //! `exp` differs in its last bits: then keys closer than that may change places, and weights are Bounded.
 //! A token id outside of the hash table gives ids -2 and NaN weights; `combine` makes its row NaN.
 
+use arrayvec::ArrayVec;
+
 use super::{Arguments, PARAMS, Source, Value, read, round_fragments, shader, unique, write};
 use crate::error::Result;
 use crate::numerics::{self, order_key};
 use crate::spec::{
-    ChosenScore, Denominator, FloatType, GroupScore, Groups, LogitTransform, NanPolicy, RoutingMethod, Score,
-    SelectionKey,
+    ChosenScore, Denominator, FloatType, GroupScore, Groups, LogitTransform, MAX_ROUTER_OUTPUTS, NanPolicy,
+    RoutingMethod, Score, SelectionKey,
 };
+
+/// A value for each output of a router, on the stack.
+type Row<T> = ArrayVec<T, MAX_ROUTER_OUTPUTS>;
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq)]
@@ -270,13 +275,13 @@ impl TopkRouting {
         let topk_ids = arguments.write("topk_ids")?;
         let topk_weights = arguments.write("topk_weights")?;
         for token in 0..tokens {
-            let logits: Vec<f32> =
+            let logits: Row<f32> =
                 logits[token * self.router_outputs..][..self.router_outputs].iter().map(|l| self.logit(*l)).collect();
             let ids = &mut topk_ids[token * self.top_k..][..self.top_k];
             let weights = &mut topk_weights[token * self.top_k..][..self.top_k];
             let legal_for_softmax =
                 || logits.iter().map(|&l| Some(l).filter(|l| !l.is_nan() && *l < f32::INFINITY)).collect();
-            let scores: Vec<Option<f32>> = match parts.weigh {
+            let scores: Row<Option<f32>> = match parts.weigh {
                 Weigh::Scores | Weigh::Joint { num_shared: _, global_scale: _ } => score_row(parts.score, &logits),
                 // The logits themselves are compared; whether their score will be finite decides.
                 Weigh::Chosen(ChosenScore::Softmax) | Weigh::Sparsemixer(_) => legal_for_softmax(),
@@ -293,8 +298,8 @@ impl TopkRouting {
                 };
                 (!key.is_nan()).then_some(key)
             };
-            let keys: Vec<u32> = (0..self.selectable).map(|e| key(e).map_or(0, order_key)).collect();
-            let chosen: Vec<usize> = match hash {
+            let keys: Row<u32> = (0..self.selectable).map(|e| key(e).map_or(0, order_key)).collect();
+            let chosen: Row<usize> = match hash {
                 None => select(&keys, &scores, parts.groups, self.top_k),
                 Some((token_ids, tid2eid)) => {
                     let row = token_ids[token] as usize;
@@ -306,17 +311,17 @@ impl TopkRouting {
                     tid2eid[row * self.top_k..][..self.top_k].iter().map(|&id| id as usize).collect()
                 }
             };
-            let values: Vec<Option<f32>> =
+            let values: Row<Option<f32>> =
                 chosen.iter().map(|&e| if keys[e] == 0 { None } else { scores[e] }).collect();
             let (values, spoiled) = match parts.weigh {
                 Weigh::Scores => (values, false),
                 Weigh::Chosen(score) => (weigh_chosen(score, &values), false),
                 Weigh::Sparsemixer(noise) => (weigh_near(noise, &chosen, &scores), false),
                 Weigh::Joint { num_shared: _, global_scale: _ } => {
-                    let all: Vec<f32> =
-                        chosen.iter().map(|&e| logits[e]).chain(logits[self.selectable..].to_vec()).collect();
+                    let all: Row<f32> =
+                        chosen.iter().map(|&e| logits[e]).chain(logits[self.selectable..].iter().copied()).collect();
                     let mut joint = weigh_joint(&all, global_scale);
-                    let of_shared = joint.split_off(self.top_k);
+                    let of_shared: Row<Option<f32>> = joint.drain(self.top_k..).collect();
                     let spoiled = of_shared.contains(&None);
                     let any = spoiled || joint.contains(&None);
                     if let Some(shares) = &mut shares {
@@ -356,8 +361,8 @@ impl TopkRouting {
         values: &[Option<f32>],
         spoiled: bool,
         expert_scale: Option<&[f32]>,
-    ) -> Vec<f32> {
-        let numbers: Vec<f32> = values.iter().map(|value| value.unwrap_or(0.0)).collect();
+    ) -> Row<f32> {
+        let numbers: Row<f32> = values.iter().map(|value| value.unwrap_or(0.0)).collect();
         let divisor = self.renormalize.map_or(1.0, |rule| numerics::denominator(rule, &numbers));
         let joint = match self.parts().weigh {
             Weigh::Joint { num_shared: _, global_scale: _ } => true,
@@ -382,7 +387,7 @@ impl TopkRouting {
 }
 
 /// Scores, `None` where not finite. Twin: shaders/fragments/score_*.wgsl
-fn score_row(score: Score, logits: &[f32]) -> Vec<Option<f32>> {
+fn score_row(score: Score, logits: &[f32]) -> Row<Option<f32>> {
     let each = |f: fn(f32) -> f32| logits.iter().map(|&l| Some(f(l)).filter(|s| s.is_finite())).collect();
     match score {
         Score::Identity => each(|l| l),
@@ -395,8 +400,8 @@ fn score_row(score: Score, logits: &[f32]) -> Vec<Option<f32>> {
                 .copied()
                 .filter(|l| l.is_finite())
                 .fold(None, |largest: Option<f32>, l| Some(largest.map_or(l, |largest| largest.max(l))));
-            let Some(largest) = largest.filter(|_| !spoiled) else { return vec![None; logits.len()] };
-            let exps: Vec<f32> = logits.iter().map(|l| (l - largest).exp()).collect();
+            let Some(largest) = largest.filter(|_| !spoiled) else { return logits.iter().map(|_| None).collect() };
+            let exps: Row<f32> = logits.iter().map(|l| (l - largest).exp()).collect();
             let sum: f32 = exps.iter().sum();
             exps.iter().map(|e| Some(e / sum)).collect()
         }
@@ -404,9 +409,9 @@ fn score_row(score: Score, logits: &[f32]) -> Vec<Option<f32>> {
 }
 
 /// Ranks by counting, as the kernel does.
-fn select(keys: &[u32], scores: &[Option<f32>], groups: Option<Groups>, top_k: usize) -> Vec<usize> {
+fn select(keys: &[u32], scores: &[Option<f32>], groups: Option<Groups>, top_k: usize) -> Row<usize> {
     let best = |keys: &[Option<u32>], count: usize| {
-        let mut chosen = vec![0; count];
+        let mut chosen: Row<usize> = std::iter::repeat_n(0, count).collect();
         for (e, key) in keys.iter().enumerate().filter(|(_, key)| key.is_some()) {
             let before = |(other, k): (usize, &Option<u32>)| k.is_some() && (k > key || (k == key && other < e));
             let rank = keys.iter().enumerate().filter(|&entry| before(entry)).count();
@@ -417,7 +422,7 @@ fn select(keys: &[u32], scores: &[Option<f32>], groups: Option<Groups>, top_k: u
         chosen
     };
     let Some(Groups { n_group, topk_group, score }) = groups else {
-        return best(&keys.iter().copied().map(Some).collect::<Vec<_>>(), top_k);
+        return best(&keys.iter().copied().map(Some).collect::<Row<_>>(), top_k);
     };
     let size = keys.len() / n_group;
     let judge = |group: usize| {
@@ -444,9 +449,9 @@ fn select(keys: &[u32], scores: &[Option<f32>], groups: Option<Groups>, top_k: u
             }
         }
     };
-    let judged: Vec<Option<u32>> = (0..n_group).map(|group| Some(judge(group))).collect();
+    let judged: Row<Option<u32>> = (0..n_group).map(|group| Some(judge(group))).collect();
     let kept = best(&judged, topk_group);
-    let allowed: Vec<Option<u32>> =
+    let allowed: Row<Option<u32>> =
         keys.iter().enumerate().map(|(e, key)| kept.contains(&(e / size)).then_some(*key)).collect();
     best(&allowed, top_k)
 }
@@ -457,7 +462,7 @@ fn from_order_key(key: u32) -> f32 {
 }
 
 /// Scores of the chosen logits. Twin: shaders/fragments/weigh_{softmax,sigmoid}.wgsl
-fn weigh_chosen(score: ChosenScore, values: &[Option<f32>]) -> Vec<Option<f32>> {
+fn weigh_chosen(score: ChosenScore, values: &[Option<f32>]) -> Row<Option<f32>> {
     match score {
         ChosenScore::Sigmoid => values.iter().map(|value| value.map(numerics::sigmoid)).collect(),
         ChosenScore::Softmax => softmax(values),
@@ -465,15 +470,15 @@ fn weigh_chosen(score: ChosenScore, values: &[Option<f32>]) -> Vec<Option<f32>> 
 }
 
 /// Softmax over those that are numbers; if only -inf is left, no weight at all.
-fn softmax(values: &[Option<f32>]) -> Vec<Option<f32>> {
+fn softmax(values: &[Option<f32>]) -> Row<Option<f32>> {
     let largest = values.iter().flatten().copied().fold(f32::MIN, f32::max);
-    let exps: Vec<Option<f32>> = values.iter().map(|value| value.map(|l| (l - largest).exp())).collect();
+    let exps: Row<Option<f32>> = values.iter().map(|value| value.map(|l| (l - largest).exp())).collect();
     let sum: f32 = exps.iter().flatten().sum();
     exps.iter().map(|e| e.map(|e| if sum == 0.0 { 0.0 } else { e / sum })).collect()
 }
 
 /// Twin: shaders/fragments/weigh_sparsemixer.wgsl
-fn weigh_near(noise: f32, chosen: &[usize], scores: &[Option<f32>]) -> Vec<Option<f32>> {
+fn weigh_near(noise: f32, chosen: &[usize], scores: &[Option<f32>]) -> Row<Option<f32>> {
     let weigh = |slot: usize| {
         let largest = scores[chosen[slot]]?;
         let near = |logit: f32| {
@@ -488,8 +493,8 @@ fn weigh_near(noise: f32, chosen: &[usize], scores: &[Option<f32>]) -> Vec<Optio
 }
 
 /// Shares of the chosen and the shared; `None` is NaN. Twin: shaders/fragments/weigh_joint.wgsl
-fn weigh_joint(logits: &[f32], global_scale: f32) -> Vec<Option<f32>> {
-    let logs: Vec<Option<f32>> =
+fn weigh_joint(logits: &[f32], global_scale: f32) -> Row<Option<f32>> {
+    let logs: Row<Option<f32>> =
         logits.iter().map(|&l| Some(numerics::log_sigmoid(l)).filter(|log| !log.is_nan())).collect();
     softmax(&logs).iter().map(|share| share.map(|share| share * global_scale)).collect()
 }

@@ -1,5 +1,7 @@
 //! From values to codes and a scale, as a quantising kernel has to compute them: bit for bit.
 
+use std::borrow::Borrow;
+
 use super::{ceil_e8m0, decode_e4m3, decode_e8m0, encode_e4m3};
 use crate::spec::{ActivationCode, ActivationScale, ScaleRule};
 
@@ -21,9 +23,9 @@ pub fn encode_activation(code: ActivationCode, value: f32) -> u8 {
 }
 
 /// The largest magnitude: NaN if any value is, else infinite if any value is.
-pub fn largest_magnitude<'a>(values: impl IntoIterator<Item = &'a f32>) -> f32 {
+pub fn largest_magnitude(values: impl IntoIterator<Item = impl Borrow<f32>>) -> f32 {
     // As integers, magnitudes order like the numbers and NaN stands above all.
-    let bits = values.into_iter().map(|value| value.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+    let bits = values.into_iter().map(|value| value.borrow().to_bits() & 0x7fff_ffff).max().unwrap_or(0);
     f32::from_bits(if bits > 0x7f80_0000 { 0x7fc0_0000 } else { bits })
 }
 
@@ -113,8 +115,8 @@ mod tests {
 
     #[test]
     fn nan_and_infinity_reach_the_scale() {
-        assert!(largest_magnitude(&[1.0, f32::NAN, f32::INFINITY]).is_nan());
-        assert_eq!(largest_magnitude(&[1.0, f32::NEG_INFINITY]), f32::INFINITY);
+        assert!(largest_magnitude([1.0, f32::NAN, f32::INFINITY]).is_nan());
+        assert_eq!(largest_magnitude([1.0, f32::NEG_INFINITY]), f32::INFINITY);
         let code = ActivationCode::E4m3;
         for rule in RULES {
             for scale in [ActivationScale::F32, ActivationScale::F32CeilPow2] {

@@ -8,8 +8,10 @@ use crate::kernels::{Operation, Permute};
 use crate::support::Scope;
 
 mod lower;
+mod stage;
 
 pub use lower::lower;
+pub use stage::{Codes, SCALES, StageSpec, stage};
 
 /// What `lower` knows of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -296,7 +296,7 @@ impl Groups {
 }
 
 impl ExpertMlp {
-    fn validate(&self, path: &'static str) -> Result<()> {
+    pub(crate) fn validate(&self, path: &'static str) -> Result<()> {
         let Self {
             intermediate_size,
             activation,

@@ -101,7 +101,7 @@ pub(super) fn expect_shape(tensor: &Tensor<'_>, expected: &[usize], bytes: Optio
         return Err(Error::invalid(
             tensor.name.to_string(),
             format!("shape {:?} in {} bytes", tensor.shape, tensor.bytes.len()),
-            format!("shape {expected:?} in {bytes:?} bytes"),
+            format!("shape {expected:?}{}", bytes.map_or(String::new(), |bytes| format!(" in {bytes} bytes"))),
             "check the tensor against config.json",
         ));
     }

@@ -199,6 +199,50 @@ fn a_shard_must_be_a_regular_file() {
     assert!(matches!(Checkpoint::open(dir.path()), Err(Error::Safetensors { .. })));
 }
 
+/// Refused as [`Error::Io`] of this file.
+#[track_caller]
+fn unreadable(dir: &Path, parts: &[&str]) {
+    let error = Checkpoint::open(dir).unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error}");
+    says(&error.to_string(), parts);
+}
+
+#[test]
+#[cfg(unix)]
+fn links_to_nothing_and_pipes_are_refused_and_not_waited_for() {
+    use std::os::unix::fs::symlink;
+    let pipe = |path: &Path| assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
+
+    let dir = folder(&[]);
+    symlink("nowhere", dir.path().join("model.safetensors")).unwrap();
+    unreadable(dir.path(), &["model.safetensors", "a link to a file that is not there"]);
+    // What an index names may be absent; a link is not.
+    let index = json!({"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}).to_string();
+    let dir = folder(&[("model.safetensors.index.json", index.as_bytes()), ("m-1.safetensors", &tensor("a"))]);
+    assert!(Checkpoint::open(dir.path()).is_ok());
+    let second = dir.path().join("m-2.safetensors");
+    symlink("../blobs/b", &second).unwrap();
+    unreadable(dir.path(), &["m-2.safetensors", "a link to a file that is not there"]);
+    fs::remove_file(&second).unwrap();
+    symlink(&second, &second).unwrap();
+    unreadable(dir.path(), &["m-2.safetensors"]);
+    fs::remove_file(&second).unwrap();
+    // A link to a file is that file.
+    write(dir.path(), "blob", tensor("b"));
+    symlink("blob", &second).unwrap();
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().names().count(), 2);
+
+    for name in ["m-1.safetensors", "model.safetensors.index.json", "config.json"] {
+        let path = dir.path().join(name);
+        fs::remove_file(&path).unwrap();
+        pipe(&path);
+        unreadable(dir.path(), &[name, "not a regular file"]);
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        unreadable(dir.path(), &[name, "not a regular file"]);
+    }
+}
+
 #[test]
 fn an_index_names_shards_that_may_be_absent() {
     let index = json!({"metadata": {"total_size": 12}, "weight_map": {

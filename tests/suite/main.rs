@@ -1,5 +1,7 @@
 //! The test suite. `MOEWE_ADAPTER` picks the adapter under test by a part of its name.
 
+#[cfg(feature = "cli")]
+mod ablation;
 mod binding;
 mod bugs;
 mod configs;
@@ -32,6 +34,7 @@ mod rig;
 mod routing;
 mod samples;
 mod scalars;
+mod stages;
 mod synthesizing;
 #[cfg(feature = "cli")]
 mod tool;

@@ -6,9 +6,11 @@ use std::process::Command;
 use serde_json::Value;
 
 mod bench;
+mod commands;
 mod conformance;
 mod inspect;
 mod run;
+mod sessions;
 mod verify;
 
 /// What an invocation said.

@@ -1,9 +1,15 @@
 //! The kernels' twins on the CPU, on rayon's threads. Runs each step as it is recorded.
+//!
+//! Recording allocates nothing on the thread that bound: what a twin needs beside its buffers is on the stack, or
+//! was reserved by `bind` and is kept by the thread. Rayon's queues, and its threads the first time they compute,
+//! allocate on their own.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use arrayvec::ArrayVec;
 
 use crate::error::{Error, Result};
-use crate::kernels::{Access, Arguments, Operation, Slot};
+use crate::kernels::{Access, Arguments, MAX_BINDINGS, Operation, Slot};
 use crate::plan::{Backend, BufferSlice, Launch};
 use crate::schedule::DeviceFacts;
 
@@ -53,6 +59,10 @@ impl CpuBuffer {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    fn word(&self, at: usize) -> Option<u32> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(at).copied()
+    }
+
     /// Replaces its first words.
     pub fn write(&self, first: usize, words: &[u32]) {
         let mut target = self.0.write().unwrap_or_else(PoisonError::into_inner);
@@ -65,6 +75,12 @@ impl CpuBuffer {
 /// A step with its buffers.
 pub struct CpuBinding {
     slots: Vec<(&'static str, Access, CpuBuffer, usize, usize)>,
+}
+
+/// A buffer while a step has it.
+enum Guard<'a> {
+    Read(RwLockReadGuard<'a, Vec<u32>>),
+    Write(RwLockWriteGuard<'a, Vec<u32>>),
 }
 
 /// Where steps run as they are recorded.
@@ -112,6 +128,7 @@ impl Backend for Cpu {
 
     fn bind(&self, kernel: &Operation, slices: &[BufferSlice<'_, Self>]) -> Result<CpuBinding> {
         let bindings = kernel.source().bindings;
+        kernel.reserve(slices.iter().zip(&bindings).map(|(slice, binding)| (binding.name, slice.bytes as usize / 4)));
         let slots = bindings.iter().zip(slices).map(|(binding, slice)| {
             let BufferSlice { buffer, offset, bytes } = slice;
             (binding.name, binding.access, (*buffer).clone(), *offset as usize / 4, *bytes as usize / 4)
@@ -120,19 +137,15 @@ impl Backend for Cpu {
     }
 
     fn copy_word(&self, _encoder: &mut CpuEncoder, from: (&CpuBuffer, u64), to: &CpuBuffer) {
-        let word = from.0.to_words().get(from.1 as usize / 4).copied().unwrap_or(0);
-        to.write(0, &[word]);
+        to.write(0, &[from.0.word(from.1 as usize / 4).unwrap_or(0)]);
     }
 
     fn launch(&self, _encoder: &mut CpuEncoder, launches: &mut dyn Iterator<Item = Launch<'_, Self>>) -> Result<()> {
         for Launch { kernel, binding, workgroups: _, params } in launches {
-            enum Guard<'a> {
-                Read(std::sync::RwLockReadGuard<'a, Vec<u32>>),
-                Write(std::sync::RwLockWriteGuard<'a, Vec<u32>>),
-            }
-            let mut guards: Vec<_> = binding
+            let mut guards: ArrayVec<Guard<'_>, MAX_BINDINGS> = binding
                 .slots
                 .iter()
+                .take(MAX_BINDINGS)
                 .map(|(_, access, buffer, _, _)| match access {
                     Access::Uniform | Access::Read => {
                         Guard::Read(buffer.0.read().unwrap_or_else(PoisonError::into_inner))
@@ -154,7 +167,8 @@ impl Backend for Cpu {
                     Error::invalid(name, "a short buffer", format!("{words} words at {offset}"), "give a larger one")
                 })
             });
-            kernel.run(&mut Arguments::new(slots.collect::<Result<_>>()?))?;
+            let slots: ArrayVec<_, MAX_BINDINGS> = slots.collect::<Result<_>>()?;
+            kernel.run(&mut Arguments::new(slots))?;
         }
         Ok(())
     }

@@ -18,8 +18,9 @@ pub use device::{Bench, OnDevice};
 use crate::backends::{self, Choice, Constraints};
 use crate::json::{Status, number};
 use crate::metrics;
-use crate::report::{complain, progress, to_stdout, warn};
-use crate::{BenchOptions, Exit};
+use crate::progress::Bar;
+use crate::report::{complain, to_stdout, warn};
+use crate::{BenchOptions, Exit, svg};
 use cases::{expert_bytes, flops, layer, stated_flops};
 use device::{Layer, Measured, Place, Row};
 
@@ -35,24 +36,34 @@ pub fn bench(options: &BenchOptions) -> Exit {
     let constraints = Constraints { portable: false, segment_bytes: None };
     let choice = backends::choose(options.backend, options.adapter.as_deref(), constraints);
     warn(&choice.warnings);
-    let mut session = Session { options, choice: &choice, read_rate: None, points: vec![], tally: Tally::default() };
+    let cases = options.case.iter().filter_map(|name| Some((name, layer(name, options.scale)?)));
+    let cases: Vec<(&String, MoeSpec)> = cases.collect();
+    let lines = cases.iter().map(|(_, spec)| variants(spec).len() * options.tokens.len()).sum::<usize>();
+    let mut session = Session {
+        options,
+        choice: &choice,
+        read_rate: None,
+        points: vec![],
+        tally: Tally::default(),
+        bar: Bar::new(),
+        lines: [0, lines as u64],
+    };
     if !options.json {
         to_stdout(&heading(&choice, options.scale));
     }
-    for name in &options.case {
-        let Some(spec) = layer(name, options.scale) else { continue };
-        session.case(name, &spec);
+    for (name, spec) in &cases {
+        session.case(name, spec);
     }
+    session.bar.clear();
     let drawn = options.plot.as_ref().map(|path| {
         let title =
             format!("moewe bench on {}, scale {}", choice.adapter.as_deref().unwrap_or(choice.backend), options.scale);
         let cases: Vec<&str> = options.case.iter().map(String::as_str).collect();
-        std::fs::write(path, plot::svg(&title, &cases, &session.points))
-            .map_err(|error| complain(&format!("{}: the chart cannot be written ({error})", path.display())))
+        svg::save(path, &plot::svg(&title, &cases, &session.points))
     });
     match drawn {
-        Some(Err(())) => Exit::Failed,
-        Some(Ok(())) | None => session.tally.exit(),
+        Some(false) => Exit::Failed,
+        Some(true) | None => session.tally.exit(),
     }
 }
 
@@ -81,6 +92,14 @@ struct Session<'a> {
     /// Of the chart.
     points: Vec<plot::Point>,
     tally: Tally,
+    bar: Bar,
+    /// Printed, and all.
+    lines: [u64; 2],
+}
+
+/// Whether activation and quantisation are one step: without quantised activations there is no choice.
+fn variants(spec: &MoeSpec) -> &'static [bool] {
+    if spec.experts.activation_quant.is_on() { &[true, false] } else { &[true] }
 }
 
 /// One line of the report.
@@ -111,11 +130,9 @@ struct Work {
 
 impl Session<'_> {
     fn case(&mut self, name: &str, spec: &MoeSpec) {
-        // Without quantised activations there is nothing to fuse or not.
-        let variants: &[bool] = if spec.experts.activation_quant.is_on() { &[true, false] } else { &[true] };
         let mut expected = HashMap::new();
         let most = self.options.tokens.iter().copied().max().unwrap_or(1);
-        for &fused in variants {
+        for &fused in variants(spec) {
             let blank = |tokens: usize| Line {
                 case: name,
                 tokens,
@@ -129,7 +146,7 @@ impl Session<'_> {
                 tolerance: if spec.experts.activation_quant.is_on() { QUANTISED_TOLERANCE } else { TOLERANCE },
                 seconds: vec![],
             };
-            progress(&format!("{name}: weights of {} experts", spec.num_experts));
+            self.at(&format!("{name}: weights of {} experts", spec.num_experts));
             let failed = |error: &Error| (Status::of(error), error.to_string());
             let bench = match &self.choice.engine {
                 Ok(engine) => engine.bench().map_err(|error| failed(&error)),
@@ -141,7 +158,7 @@ impl Session<'_> {
                 Ok((rate, bench.layer(spec, most, fused).map_err(|error| failed(&error))?))
             });
             for &tokens in &self.options.tokens {
-                progress(&format!("{name}: {tokens} tokens"));
+                self.at(&format!("{name}: {tokens} tokens"));
                 let mut line = blank(tokens);
                 let measured = match &ready {
                     Ok((rate, layer)) => self
@@ -155,6 +172,11 @@ impl Session<'_> {
                 self.print(&line);
             }
         }
+    }
+
+    fn at(&self, what: &str) {
+        let [done, all] = self.lines;
+        self.bar.at(what, done, all);
     }
 
     /// Fills the line.
@@ -197,6 +219,8 @@ impl Session<'_> {
     }
 
     fn print(&mut self, line: &Line<'_>) {
+        self.bar.clear();
+        self.lines[0] += 1;
         match line.status {
             Status::Pass => self.points.extend(line.gap().map(|gap| plot::Point {
                 case: line.case.to_owned(),

@@ -101,10 +101,7 @@ pub fn compare(
     let of = |kind: Experts| judged.iter().filter(|judged| **judged == kind).count();
     let same = |tokens: usize| (0..tokens).filter(|token| judged.get(*token) == Some(&Experts::Same));
 
-    let checkable = match tokens_share_scales(spec) {
-        true => count,
-        false => (BUDGET / multiply_adds(spec).max(1)).clamp(1, count.max(1)),
-    };
+    let checkable = checkable(spec, count);
     let wanted = layer(spec, weights, &tokens.first(checkable, spec))?.output;
     let output = rows(&outcome.output, spec.hidden_size, same(checkable));
     let wanted = rows(&wanted, spec.hidden_size, same(checkable));
@@ -125,6 +122,14 @@ pub fn compare(
             ),
         ],
     })
+}
+
+/// How many of `count` tokens the reference computes in seconds; all where they share scales.
+pub fn checkable(spec: &MoeSpec, count: usize) -> usize {
+    match tokens_share_scales(spec) {
+        true => count,
+        false => (BUDGET / multiply_adds(spec).max(1)).clamp(1, count.max(1)),
+    }
 }
 
 /// Ids and weights in ascending order of id.

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::bench::{Bench, OnDevice};
 use crate::inputs;
+use crate::progress::Bar;
 use moewe::conformance;
 use moewe::host::{Host, Outcome, Session};
 use moewe::kernels::{Operation, RowScale};
@@ -129,7 +130,11 @@ impl<B: Host + Clone + Sync> Engine for Device<B> {
     fn plan<'a>(&'a self, spec: &'a MoeSpec, work: Work<'a>, max_tokens: usize) -> Result<Box<dyn Runner + 'a>> {
         let (options, backend) = (self.options(), self.backend.clone());
         let plan = match work {
-            Work::Layer(weights) => Plan::new(backend, spec, weights, max_tokens, &options)?,
+            Work::Layer(weights) => {
+                let bar = Bar::new();
+                let mut progress = |done, all| bar.at("packing and writing weights", done, all);
+                Plan::with_progress(backend, spec, weights, max_tokens, &options, &mut progress)?
+            }
             Work::Routing(router) => Plan::routing(backend, spec, router, max_tokens, &options)?,
         };
         let session = Session::new(plan, spec)?;

@@ -169,7 +169,8 @@ impl<'a> Found<'a> {
         let tensor = |name: &String| {
             let tensor = checkpoint.tensor(name)?;
             let (dtype, bytes) = (format!("{:?}", tensor.dtype), tensor.bytes.len());
-            Some(json!({"name": name, "dtype": dtype, "shape": tensor.shape, "bytes": bytes}))
+            let blocks = blocks(checkpoint, name);
+            Some(json!({"name": name, "dtype": dtype, "blocks": blocks, "shape": tensor.shape, "bytes": bytes}))
         };
         let tensors: Vec<Value> = self.here.tensors.iter().filter_map(tensor).collect();
         let bytes: u64 = tensors.iter().filter_map(|tensor| tensor.get("bytes")?.as_u64()).sum();
@@ -233,6 +234,9 @@ impl Text {
         if let Some(resolved) = &found.resolved {
             self.head.get_or_insert_with(|| format!("{} (model_type {})", resolved.family, resolved.model_type));
             resolved.notes.iter().for_each(|note| page.line("note", note));
+            if !resolved.unknown_keys.is_empty() {
+                page.line("unknown keys", &resolved.unknown_keys.join(", "));
+            }
             page.spec(&spec_text::fields(&resolved.spec));
         }
         let patterns = patterns(checkpoint, found.here);
@@ -309,6 +313,15 @@ fn ranges(layers: &[usize]) -> String {
     runs.iter().map(run).collect::<Vec<_>>().join(", ")
 }
 
+/// What the bytes of a tensor of GGUF hold, if they are blocks.
+fn blocks(checkpoint: &Checkpoint, name: &str) -> Option<String> {
+    match checkpoint.gguf_format(name) {
+        Ok(format) => format.map(|format| format!("{format:?}")),
+        Err(Error::Unsupported(refusal)) => Some(refusal.value),
+        Err(_) => None,
+    }
+}
+
 type Pattern = (String, String, Vec<usize>);
 
 /// Tensors that differ in a number of their names only: how many, and their bytes.
@@ -319,7 +332,8 @@ fn patterns(checkpoint: &Checkpoint, here: &LayerHere) -> BTreeMap<Pattern, (usi
         let numbered =
             |part: &str| if part.bytes().all(|byte| byte.is_ascii_digit()) { "*".into() } else { part.to_owned() };
         let name = name.split('.').map(numbered).collect::<Vec<String>>().join(".");
-        let one = patterns.entry((name, format!("{:?}", tensor.dtype), tensor.shape.clone())).or_default();
+        let stored = blocks(checkpoint, &tensor.name).unwrap_or_else(|| format!("{:?}", tensor.dtype));
+        let one = patterns.entry((name, stored, tensor.shape.clone())).or_default();
         one.0 += 1;
         one.1 += tensor.bytes.len();
     }

@@ -20,6 +20,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::backends::{BackendName, Constraints};
 
+mod ablate;
 mod backends;
 mod bench;
 mod case_file;
@@ -33,11 +34,14 @@ mod inspect;
 mod json;
 mod judge;
 mod metrics;
+mod progress;
 mod reference_engine;
 mod report;
 mod run;
+mod run_plot;
 mod source;
 mod spec_text;
+mod svg;
 mod verify;
 
 /// Runs Mixture-of-Experts layers on GPUs and CPU, and checks them against one plain reference.
@@ -57,6 +61,7 @@ enum Command {
     /// Runs one layer on random tokens and compares it with the reference.
     ///
     /// Exit status: 0 it agrees, 1 it does not or something failed, 2 usage, 3 unsupported.
+    #[command(after_help = RUN_EXAMPLES)]
     Run {
         /// A folder with config.json and *.safetensors or *.gguf; without it a small layer that is built in.
         #[arg(value_name = "CHECKPOINT_DIR")]
@@ -74,6 +79,7 @@ enum Command {
     /// Runs golden cases and prints one JSON object a case.
     ///
     /// Exit status: 0 all passed, 1 any failed, 2 usage or no case found, 3 none failed but some are unsupported.
+    #[command(after_help = "Example:\n  moewe verify tests/golden --backend wgpu")]
     Verify(VerifyOptions),
     /// Times layers of real models, with weights that are made on the device, and checks them first.
     ///
@@ -93,6 +99,9 @@ enum Command {
     Conformance(ConformanceOptions),
 }
 
+const RUN_EXAMPLES: &str = "Examples: a layer on the best GPU, and what dropping two of its fields would have done:
+  moewe run ~/models/DeepSeek-V3 --layer 3 --tokens 64 --backend wgpu --plot layer3.svg
+  moewe run ~/models/DeepSeek-V3 --ablate routed_scaling_factor,e_score_correction_bias";
 const BENCH_EXAMPLE: &str = "Example: a tenth of the experts of Qwen3-30B-A3B's layer, as a small machine has room for:
   moewe bench --case qwen3_30b_bf16 --tokens 1,16 --backend wgpu --scale 0.1";
 
@@ -143,6 +152,13 @@ struct RunOptions {
     /// First look at every weight, and fail with the names of tensors that hold NaN or infinities.
     #[arg(long)]
     scan: bool,
+    /// Say what dropping a field would have done to the output: names as configs or `spec` have them, or all. With
+    /// list, print what can be dropped from this layer, and run nothing.
+    #[arg(long, value_name = "FIELD,..", value_delimiter = ',')]
+    ablate: Vec<String>,
+    /// Draw which experts the tokens chose, and the time of each stage.
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
     /// Print one JSON object instead of text.
     #[arg(long)]
     json: bool,

@@ -1,18 +1,21 @@
 //! What `moewe run` prints: text, or one JSON object with the same content.
 
 use std::fmt::Write as _;
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 
+use moewe::conformance::ablation::Ablation;
 use moewe::families::Resolved;
 use moewe::schedule::Decision;
 use moewe::weights::Damage;
 use serde_json::{Map, Value, json};
 
+use crate::ablate::{Effect, percent};
 use crate::backends::PassedOver;
 use crate::chart;
 use crate::check::{Comparison, Measure};
 use crate::engine::{Memory, Timing};
 use crate::json::{Status, number};
+use crate::run_plot::Picture;
 use crate::spec_text;
 
 /// One run, as far as it came.
@@ -39,6 +42,8 @@ pub struct Report {
     pub damage: Option<Vec<Damage>>,
     /// What was measured, once it ran.
     pub measured: Option<Measured>,
+    /// What dropping fields would do, of those that were named.
+    pub effects: Vec<Effect>,
 }
 
 /// A resolved layer.
@@ -83,6 +88,20 @@ pub struct Measured {
     pub comparison: Option<Comparison>,
     /// How often each expert was chosen.
     pub tokens_per_expert: Vec<u64>,
+    /// What the router chose, as the backend left it.
+    pub routing: Routing,
+}
+
+/// Ids and weights.
+pub struct Routing {
+    /// [T, k].
+    pub topk_ids: Vec<i32>,
+    /// [T, k].
+    pub topk_weights: Vec<f32>,
+    /// k.
+    pub top_k: usize,
+    /// E.
+    pub num_experts: usize,
 }
 
 /// Prints warnings on standard error.
@@ -102,13 +121,6 @@ pub fn warn_of_unknown_keys(keys: &[String]) {
 /// Prints an error on standard error.
 pub fn complain(error: &str) {
     to_stderr(&format!("error: {error}"));
-}
-
-/// Says on a terminal what takes its time; a file or a pipe wants no such lines.
-pub fn progress(what: &str) {
-    if std::io::stderr().is_terminal() {
-        to_stderr(&format!("... {what}"));
-    }
 }
 
 fn to_stderr(line: &str) {
@@ -140,8 +152,20 @@ impl Report {
     }
 
     fn json(&self) -> Value {
-        let Self { status, reason, backend, adapter, passed_over, checkpoint, tokens, seed, layer, damage, measured } =
-            self;
+        let Self {
+            status,
+            reason,
+            backend,
+            adapter,
+            passed_over,
+            checkpoint,
+            tokens,
+            seed,
+            layer,
+            damage,
+            measured,
+            effects,
+        } = self;
         let layer = layer.as_ref();
         let timing = measured.as_ref().and_then(|measured| measured.timing.as_ref());
         let memory = measured.as_ref().and_then(|measured| measured.memory);
@@ -175,6 +199,7 @@ impl Report {
             "tokens_per_s": timing.and_then(|timing| self.tokens_per_second(timing)),
             "errors": comparison.map(errors_json),
             "tokens_per_expert": measured.as_ref().map(|measured| &measured.tokens_per_expert),
+            "ablations": effects.iter().map(effect_json).collect::<Vec<_>>(),
         })
     }
 
@@ -196,7 +221,32 @@ impl Report {
         if let Some(measured) = &self.measured {
             self.measured(&mut page, measured);
         }
+        page.effects(&self.effects);
         page.0
+    }
+
+    /// The chart of what was measured.
+    pub fn picture(&self) -> Option<String> {
+        let Measured { memory: _, decisions: _, timing, comparison: _, tokens_per_expert, routing } =
+            self.measured.as_ref()?;
+        let Routing { topk_ids, topk_weights, top_k, num_experts } = routing;
+        let layer = self.layer.as_ref();
+        let number = layer.and_then(|layer| layer.layer).map_or(String::new(), |number| format!(", layer {number}"));
+        let on = self
+            .adapter
+            .as_ref()
+            .map_or_else(|| self.backend.into(), |adapter| format!("{} on {adapter}", self.backend));
+        let title = format!("{}{number}: {} tokens, {on}", layer.map_or("", |layer| &layer.model_type), self.tokens);
+        let picture = Picture {
+            title,
+            topk_ids,
+            topk_weights,
+            top_k: *top_k,
+            num_experts: *num_experts,
+            load: tokens_per_expert,
+            timing: timing.as_ref(),
+        };
+        Some(picture.svg())
     }
 
     fn measured(&self, page: &mut Page, measured: &Measured) {
@@ -263,6 +313,33 @@ fn errors_json(comparison: &Comparison) -> Value {
         errors.insert((*name).into(), json!({"error": number(*error), "tolerance": number(*tolerance)}));
     }
     Value::Object(errors)
+}
+
+fn effect_json(effect: &Effect) -> Value {
+    let Effect { field, key, value, instead, tokens, tokens_with_other_experts, relative_error, row_errors } = effect;
+    json!({
+        "field": field,
+        "key": key,
+        "value": value,
+        "as_if": instead,
+        "tokens": tokens,
+        "tokens_with_other_experts": tokens_with_other_experts,
+        "relative_error": number(*relative_error),
+        "token_errors": row_errors.iter().map(|error| number(*error)).collect::<Vec<_>>(),
+        "sentence": effect.sentence(),
+    })
+}
+
+/// Prints what can be dropped from a layer: a line, or a JSON object, for each field.
+pub fn print_fields(fields: &[Ablation], as_json: bool) {
+    let mut text = String::new();
+    for Ablation { field, key, value, instead, spec: _ } in fields {
+        let _ = match as_json {
+            true => writeln!(text, "{}", json!({"field": field, "key": key, "value": value, "as_if": instead})),
+            false => writeln!(text, "{key:<34} {field} = {value}; without it as if {instead}"),
+        };
+    }
+    to_stdout(&text);
 }
 
 /// Text under construction. Writing to a string does not fail.
@@ -334,6 +411,18 @@ impl Page {
             self.entry(name, &format!("{:>10.4} ms {share:>6.1} %", 1e3 * seconds));
         }
         self.entry("total", &format!("{:>10.4} ms", 1e3 * total));
+    }
+
+    fn effects(&mut self, effects: &[Effect]) {
+        let Some(first) = effects.first() else { return };
+        let (routed, rows) = (first.tokens, first.row_errors.len());
+        self.title(&format!("what dropping a field would have done (routing of {routed} tokens, output of {rows})"));
+        for effect in effects {
+            let [least, median, most] = effect.spread().map(percent);
+            let _ = writeln!(self.0, "  {}", effect.field);
+            let _ = writeln!(self.0, "    {}", effect.sentence());
+            let _ = writeln!(self.0, "    by token: {least} at least, {median} the median, {most} at most");
+        }
     }
 
     fn comparison(&mut self, comparison: &Comparison, tokens: usize) {

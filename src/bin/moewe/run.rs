@@ -2,19 +2,21 @@
 
 use std::path::Path;
 
+use moewe::conformance::ablation::Ablation;
 use moewe::families;
 use moewe::weights::Damage;
 use moewe::{Error, MoeSpec, MoeWeights, Result};
 
+use crate::ablate::{self, Wanted};
 use crate::backends::{self, BackendName, Choice};
 use crate::chart;
 use crate::check;
 use crate::engine::{Engine, Work};
 use crate::inputs::RandomTokens;
 use crate::json::Status;
-use crate::report::{self, Layer, Measured, Report};
+use crate::report::{self, Layer, Measured, Report, Routing};
 use crate::source;
-use crate::{Exit, RunOptions};
+use crate::{Exit, RunOptions, svg};
 
 /// Runs one layer and prints what came of it.
 pub fn run(folder: Option<&Path>, options: &RunOptions) -> Exit {
@@ -35,10 +37,19 @@ pub fn run(folder: Option<&Path>, options: &RunOptions) -> Exit {
         layer: None,
         damage: None,
         measured: None,
+        effects: vec![],
     };
     let outcome = fill(&mut report, folder, options, engine);
     match outcome {
-        Err(error) => {
+        Err(Stop::List(fields)) => {
+            report::print_fields(&fields, options.json);
+            return Exit::Passed;
+        }
+        Err(Stop::Usage(error)) => {
+            report::complain(&error.to_string());
+            return Exit::Usage;
+        }
+        Err(Stop::Failed(error)) => {
             report.status = Status::of(&error);
             report.reason = Some(error.to_string());
         }
@@ -50,7 +61,9 @@ pub fn run(folder: Option<&Path>, options: &RunOptions) -> Exit {
     }
     let unknown_keys = report.layer.as_ref().is_some_and(|layer| !layer.unknown_keys.is_empty());
     report.print(options.json);
+    let drawn = options.plot.as_ref().zip(report.picture()).is_none_or(|(path, picture)| svg::save(path, &picture));
     match report.status {
+        _ if !drawn => Exit::Failed,
         _ if options.device.strict && unknown_keys => {
             report::complain("unknown keys in config.json, and --strict");
             Exit::Failed
@@ -61,16 +74,36 @@ pub fn run(folder: Option<&Path>, options: &RunOptions) -> Exit {
     }
 }
 
+/// Why a layer is not run to its end.
+enum Stop {
+    /// Only the fields that could be dropped were asked for.
+    List(Vec<Ablation>),
+    /// The arguments and the layer do not fit.
+    Usage(Error),
+    /// Anything else.
+    Failed(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
 /// Writes into the report what is known, as far as it goes.
 fn fill(
     report: &mut Report,
     folder: Option<&Path>,
     options: &RunOptions,
     engine: Result<Box<dyn Engine>>,
-) -> Result<()> {
+) -> Result<(), Stop> {
     let checkpoint = source::open(folder)?;
     let request = source::request(&checkpoint, options.layer, &options.activations)?;
     let resolved = families::resolve(&checkpoint, &request)?;
+    let dropped = match ablate::wanted(&resolved.spec, &options.ablate).map_err(Stop::Usage)? {
+        Wanted::List(fields) => return Err(Stop::List(fields)),
+        Wanted::Drop(fields) => fields,
+    };
     let layer = Layer::of(&resolved);
     report::warn_of_unknown_keys(&layer.unknown_keys);
     report.layer = Some(layer);
@@ -81,7 +114,11 @@ fn fill(
         report.damage = Some(damage);
         damaged.map_or(Ok(()), Err)?;
     }
-    report.measured = Some(measure(&resolved.spec, &weights, options, engine?.as_ref())?);
+    let tokens = RandomTokens::draw(&resolved.spec, options.tokens, options.seed)?;
+    report.measured = Some(measure(&resolved.spec, &weights, &tokens, options, engine?.as_ref())?);
+    if !dropped.is_empty() {
+        report.effects = ablate::effects(&resolved.spec, &weights, &tokens, options.tokens, &dropped)?;
+    }
     Ok(())
 }
 
@@ -97,15 +134,20 @@ fn complaint(first: &Damage, tensors: usize) -> Error {
     )
 }
 
-fn measure(spec: &MoeSpec, weights: &MoeWeights<'_>, options: &RunOptions, engine: &dyn Engine) -> Result<Measured> {
+fn measure(
+    spec: &MoeSpec,
+    weights: &MoeWeights<'_>,
+    tokens: &RandomTokens,
+    options: &RunOptions,
+    engine: &dyn Engine,
+) -> Result<Measured> {
     let runner = engine.plan(spec, Work::Layer(weights), options.tokens)?;
-    let tokens = RandomTokens::draw(spec, options.tokens, options.seed)?;
     let outcome = runner.run(&tokens.first(options.tokens, spec))?;
     let comparison = match options.device.backend {
         // It would be compared with itself.
         BackendName::Reference => None,
         BackendName::Auto | BackendName::Cpu | BackendName::Wgpu | BackendName::Cuda => {
-            Some(check::compare(spec, weights, &tokens, options.tokens, &outcome)?)
+            Some(check::compare(spec, weights, tokens, options.tokens, &outcome)?)
         }
     };
     Ok(Measured {
@@ -114,5 +156,11 @@ fn measure(spec: &MoeSpec, weights: &MoeWeights<'_>, options: &RunOptions, engin
         timing: runner.timing(options.tokens)?,
         comparison,
         tokens_per_expert: chart::count(&outcome.topk_ids, spec.router_outputs()),
+        routing: Routing {
+            topk_ids: outcome.topk_ids,
+            topk_weights: outcome.topk_weights,
+            top_k: spec.top_k,
+            num_experts: spec.num_experts,
+        },
     })
 }

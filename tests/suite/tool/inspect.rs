@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::{Said, configure, copy_case, moewe, text};
+use crate::gguf_file::{Q4_K, Q5_K, qwen, qwen_config};
 use crate::samples::{Sample, golden};
 
 fn inspect(folder: &std::path::Path, rest: &[&str]) -> Said {
@@ -111,6 +112,8 @@ fn unknown_keys_are_named_and_change_no_code_and_what_nobody_computes_is_3() {
     assert!(said.stderr.contains("expert_mystery"), "{}", said.stderr);
     let here = said.lines().into_iter().find(|layer| layer["status"] == "pass").unwrap();
     assert_eq!(here["unknown_keys"][0], "expert_mystery");
+    let text = inspect(folder.path(), &[]);
+    assert!(text.code == 0 && text.stdout.contains("unknown keys expert_mystery"), "{}", text.stdout);
 
     configure(folder.path(), "hidden_act", "mystery");
     let said = inspect(folder.path(), &["--json"]);
@@ -121,4 +124,28 @@ fn unknown_keys_are_named_and_change_no_code_and_what_nobody_computes_is_3() {
     assert_eq!(moewe(["inspect"]).code, 2);
     let help = moewe(["inspect", "--help"]);
     assert!(help.code == 0 && help.stdout.contains("Example"), "{}", help.stdout);
+}
+
+#[test]
+fn tensors_of_gguf_are_shown_with_what_their_blocks_hold() {
+    let folder = tempfile::tempdir().unwrap();
+    let rng = &mut fastrand::Rng::with_seed(5);
+    std::fs::write(folder.path().join("config.json"), qwen_config(256).to_string()).unwrap();
+    std::fs::write(folder.path().join("m.gguf"), qwen(256, [Q4_K; 3], rng).build()).unwrap();
+    let said = inspect(folder.path(), &[]);
+    assert_eq!(said.code, 0, "{}", said.stderr);
+    assert!(said.stdout.contains("blk.*.ffn_up_exps.weight               Q4K ["), "{}", said.stdout);
+    let said = inspect(folder.path(), &["--json"]);
+    let layer = said.lines().into_iter().find(|layer| layer["status"] == "pass").unwrap();
+    let tensors = layer["tensors"].as_array().unwrap();
+    let of = |name: &str| tensors.iter().find(|tensor| tensor["name"].as_str().unwrap().contains(name)).unwrap();
+    assert_eq!([&of("up_exps")["blocks"], &of("up_exps")["dtype"]], ["Q4K", "U8"]);
+    assert_eq!([&of("gate_inp")["blocks"], &of("gate_inp")["dtype"]], [&Value::Null, &"F32".into()]);
+    // A type that nothing here reads is shown by its name, and the layer is beyond every backend.
+    let mut unread = qwen(256, [Q4_K; 3], rng);
+    unread.tensors[2].kind = Q5_K;
+    std::fs::write(folder.path().join("m.gguf"), unread.build()).unwrap();
+    let said = inspect(folder.path(), &[]);
+    assert_eq!(said.code, 3);
+    assert!(said.stdout.contains("Q5_K (ggml's type 13) ["), "{}", said.stdout);
 }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{Said, arguments, backends, configure, copy_case, moewe, text};
 use crate::samples::{golden, says};
 
-const KEYS: [&str; 23] = [
+const KEYS: [&str; 24] = [
     "status",
     "reason",
     "backend",
@@ -29,6 +29,7 @@ const KEYS: [&str; 23] = [
     "tokens_per_s",
     "errors",
     "tokens_per_expert",
+    "ablations",
 ];
 
 fn run(checkpoint: Option<&str>, backend: &str, rest: &[&str]) -> Said {
@@ -290,4 +291,68 @@ fn a_scan_names_the_tensors_that_hold_what_is_no_number() {
     // Without a scan they propagate, on the backend as in the reference.
     let (found, code) = report(Some(folder), "cpu", &["--tokens", "64"]);
     assert_eq!((&found["status"], code), (&json!("pass"), 0));
+}
+
+#[test]
+fn dropping_a_field_is_shown_with_what_it_would_have_done() {
+    let said = run(None, "cpu", &["--ablate", "routed_scaling_factor,TopK.groups"]);
+    assert_eq!(said.code, 0, "{}", said.stderr);
+    says(
+        &said.stdout,
+        &[
+            "what dropping a field would have done (routing of 16 tokens, output of 16)",
+            "An engine that drops routed_scaling_factor = 2.5 computes as if it were 1: the output is off by ",
+            ", and every token keeps its experts. Nothing fails.",
+            "16 tokens go to other experts",
+            "by token: ",
+        ],
+    );
+    let (found, code) = report(None, "cpu", &["--ablate", "all", "--tokens", "24"]);
+    assert_eq!(code, 0);
+    let listed = run(None, "cpu", &["--ablate", "list", "--json"]);
+    let fields = |lines: &[Value]| lines.iter().map(|line| line["field"].clone()).collect::<Vec<_>>();
+    let all = found["ablations"].as_array().unwrap();
+    assert_eq!((listed.code, fields(&listed.lines())), (0, fields(all)));
+    for effect in all {
+        let errors: Vec<f64> = effect["token_errors"].as_array().unwrap().iter().map(|e| e.as_f64().unwrap()).collect();
+        let (overall, worst) = (effect["relative_error"].as_f64().unwrap(), errors.iter().copied().fold(0.0, f64::max));
+        assert_eq!((errors.len(), &effect["tokens"]), (24, &json!(24)));
+        assert!(overall <= worst, "{effect}");
+        says(effect["sentence"].as_str().unwrap(), &[effect["key"].as_str().unwrap()]);
+        // Random weights meet the type of a bias rarely.
+        assert!(overall > 0.1 || effect["key"] == "e_score_correction_bias_dtype", "{effect}");
+    }
+    let of = |key: &str| all.iter().find(|effect| effect["key"] == key).unwrap();
+    assert_eq!(of("routed_scaling_factor")["tokens_with_other_experts"], 0);
+    assert!(of("e_score_correction_bias")["tokens_with_other_experts"].as_u64().unwrap() > 0);
+
+    // What the layer has not, and what nobody has, is refused before anything runs.
+    for word in ["swiglu_limit", "mystery"] {
+        let said = run(None, "cpu", &["--ablate", word]);
+        assert_eq!((said.code, said.stdout.as_str()), (2, ""));
+        says(&said.stderr, &[word, "routed_scaling_factor", "--ablate list"]);
+    }
+    let limited = run(Some(text(&golden("gpt_oss"))), "reference", &["--ablate", "swiglu_limit", "--tokens", "4"]);
+    assert_eq!(limited.code, 0, "{}", limited.stderr);
+    says(&limited.stdout, &["An engine that drops swiglu_limit = 7.0 computes as if there were no limit"]);
+}
+
+#[test]
+fn a_chart_shows_each_choice_and_each_stage() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("routing.svg");
+    for backend in backends() {
+        let (found, code) = report(None, backend, &["--tokens", "5", "--plot", text(&path)]);
+        assert_eq!(code, 0, "{found}");
+        let chart = std::fs::read_to_string(&path).unwrap();
+        // White ground and that of the map, nine shades of the scale; four choices a token.
+        let loads = found["tokens_per_expert"].as_array().unwrap().iter().filter(|load| **load != 0).count();
+        let stages = found["stages"].as_array().unwrap();
+        assert_eq!(chart.matches("<rect").count(), 2 + 9 + 5 * 4 + loads + stages.len(), "{backend}");
+        assert!(stages.iter().all(|stage| chart.contains(stage["name"].as_str().unwrap())), "{backend}");
+        says(&chart, &["deepseek_v3, layer 3: 5 tokens", backend, "</svg>"]);
+    }
+    let said = run(None, "cpu", &["--plot", text(folder.path())]);
+    assert_eq!(said.code, 1);
+    says(&said.stderr, &["the chart cannot be written", "give another path"]);
 }

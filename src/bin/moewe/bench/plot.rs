@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use crate::svg;
+
 /// The best that other engines did, by case and tokens: whole layers in CUDA graphs on one H100 80GB HBM3, gaps in
 /// floors of 3.166 TB/s and 799 (bf16) or 1539 (FP8) TFLOP/s. Gaps compare across cards; times do not.
 const PEERS: &str = include_str!("peers.csv");
@@ -43,12 +45,7 @@ fn peers(case: &str) -> Line {
 pub fn svg(title: &str, cases: &[&str], points: &[Point]) -> String {
     let rows = cases.len().div_ceil(COLUMNS);
     let [width, height] = [PANEL[0] * COLUMNS as f64, HEADING + PANEL[1] * rows as f64];
-    let mut text = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"11\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-         <text x=\"12\" y=\"20\" font-size=\"13\">{}</text>\n",
-        escaped(title)
-    );
+    let mut text = svg::open(width, height, title);
     let legend = "gap = time / floor, over tokens. Blue: measured here (dashed: activation and quantisation as two steps). \
                   Grey: best CUDA peer, H100.";
     let _ = writeln!(text, "<text x=\"12\" y=\"40\" fill=\"#555\">{legend}</text>");
@@ -102,10 +99,6 @@ fn panel(text: &mut String, [left, top]: [f64; 2], case: &str, points: &[Point])
             let _ = writeln!(text, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"2.5\" fill=\"{colour}\"/>");
         }
     }
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 #[cfg(test)]
