@@ -36,16 +36,20 @@ impl Tolerance {
     /// The reference has to move so many times as far from the neutral spec to the other.
     const MOVES: f64 = 1.5;
 
-    fn of(witness: &Witness) -> Self {
-        let specs = [&witness.neutral, &witness.spec];
-        if specs.iter().any(|spec| quantises(spec)) {
+    fn of(spec: &MoeSpec) -> Self {
+        if quantises(spec) {
             Self::CODES
-        } else if specs.iter().any(|spec| rounds(spec)) {
+        } else if rounds(spec) {
             Self::ROUNDED
         } else {
             Self::FLOATS
         }
     }
+}
+
+/// What a device may be off by on layers of the spec, in [`distance`].
+pub(super) fn tolerance(spec: &MoeSpec) -> f64 {
+    Tolerance::of(spec).0
 }
 
 fn quantises(spec: &MoeSpec) -> bool {
@@ -54,7 +58,8 @@ fn quantises(spec: &MoeSpec) -> bool {
     on(&spec.experts) || shared.is_some_and(on)
 }
 
-fn rounds(spec: &MoeSpec) -> bool {
+/// Whether anything of a layer is rounded to a narrower type than f32.
+pub(super) fn rounds(spec: &MoeSpec) -> bool {
     let Precision {
         input: _,
         output,
@@ -134,7 +139,7 @@ struct Trial<'a, B: Host> {
 }
 
 /// What leaves a layer, part by part.
-type Observed = Vec<(&'static str, Vec<f32>)>;
+pub(super) type Observed = Vec<(&'static str, Vec<f32>)>;
 
 impl<'a, B: Host + Clone> Trial<'a, B> {
     fn new(backend: &'a B, witness: &'a Witness) -> Result<Self, Verdict> {
@@ -156,7 +161,7 @@ impl<'a, B: Host + Clone> Trial<'a, B> {
         let inputs = inputs(&layer, *special);
         let all = judge(&layer, &inputs, *special, MAX_TOKENS)?;
         let few = judge(&layer, &inputs, *special, CALLS[0].1)?;
-        let tolerance = Tolerance::of(witness).0;
+        let tolerance = self::tolerance(neutral).max(self::tolerance(spec));
         // Tensors of the same names are the same in both layers.
         let other = judge(&neutral_layer, &self::inputs(&neutral_layer, *special), *special, MAX_TOKENS)?;
         let moved = distance(&all, &other);
@@ -509,7 +514,7 @@ fn callers_routing(spec: &MoeSpec, tokens: usize) -> (Vec<i32>, Vec<f32>) {
 
 /// rel_fro: what two results differ by, relative to the first; the largest of their parts. What is no number is
 /// infinitely far from what is one.
-fn distance(wanted: &Observed, found: &Observed) -> f64 {
+pub(super) fn distance(wanted: &Observed, found: &Observed) -> f64 {
     let part = |name: &str, wanted: &[f32]| {
         let found = found.iter().find(|(other, _)| *other == name).map_or(&[][..], |(_, values)| values);
         if found.len() != wanted.len() {
