@@ -14,6 +14,7 @@
 //!
 //! For the tool, the tests and the benches; no other part of the library uses it.
 
+pub mod answers;
 pub mod lockstep;
 mod matrix;
 mod mutants;

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 mod bench;
 mod conformance;
+mod doctor;
 mod inspect;
 mod run;
 mod verify;

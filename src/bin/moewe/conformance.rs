@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 
 use moewe::conformance::report::{Column, report, summary};
 use moewe::conformance::{Mutant, Outcome, Status};
 use serde_json::json;
 
 use crate::backends::{self, Choice, Constraints};
-use crate::report::{complain, to_stdout, warn};
+use crate::report::{complain, count, count_ended, to_stdout, warn};
 use crate::{ConformanceOptions, Exit};
 
 /// The version of wgpu that this tool is made with.
@@ -36,16 +36,8 @@ pub fn conformance(options: &ConformanceOptions) -> Exit {
             return Exit::Usage;
         }
     };
-    let terminal = std::io::stderr().is_terminal();
-    let progress = |done: usize, all: usize| {
-        if terminal {
-            let _ = write!(std::io::stderr().lock(), "\r{done} of {all} fields");
-        }
-    };
-    let tried = engine.conformance(&progress);
-    if terminal {
-        let _ = write!(std::io::stderr().lock(), "\r\x1b[K");
-    }
+    let tried = engine.conformance(&|done, all| count(done, all, "fields"));
+    count_ended();
     let outcomes = match tried {
         Ok(Some(outcomes)) => outcomes,
         Ok(None) => {

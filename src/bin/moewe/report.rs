@@ -111,6 +111,20 @@ pub fn progress(what: &str) {
     }
 }
 
+/// Says on a terminal how many of how many are done, on one line.
+pub fn count(done: usize, all: usize, of_what: &str) {
+    if std::io::stderr().is_terminal() {
+        let _ = write!(std::io::stderr().lock(), "\r{done} of {all} {of_what}");
+    }
+}
+
+/// Clears that line.
+pub fn count_ended() {
+    if std::io::stderr().is_terminal() {
+        let _ = write!(std::io::stderr().lock(), "\r\x1b[K");
+    }
+}
+
 fn to_stderr(line: &str) {
     // With standard error closed there is nowhere left to say so.
     let _ = writeln!(std::io::stderr().lock(), "{line}");
