@@ -131,8 +131,14 @@ impl Examination<'_> {
             true => format!("{}\n", page::json(subject, &found)),
             false => page::findings(subject, &found),
         });
-        for complaint in page::complaints(&found) {
+        // One wrong kernel spoils most layers: the first say enough, the JSON has all.
+        const TOLD: usize = 8;
+        let complaints = page::complaints(&found);
+        for complaint in complaints.iter().take(TOLD) {
             complain(&format!("{}: {complaint}", subject.name));
+        }
+        if complaints.len() > TOLD {
+            complain(&format!("{}: and {} more, which --json lists", subject.name, complaints.len() - TOLD));
         }
         self.statuses.extend(found.status());
     }

@@ -88,6 +88,17 @@ fn what_is_not_run_is_known() {
 }
 
 #[test]
+fn what_a_kernel_needs_is_found_in_its_code_and_not_in_its_comments() {
+    let known = Catalogue::new(&floor());
+    says(&known.kernels_with("workgroupBarrier").into_iter().collect::<Vec<_>>().join(" "), &["grouped_gemm/tiled"]);
+    assert!(known.kernels_with("workgroupBarrier").len() < known.kernels_with("workgroup_size").len());
+    // The floor has no feature.
+    for word in ["f16", "subgroup", "coop_mat", "Twin"] {
+        assert!(known.kernels_with(word).is_empty(), "{word}");
+    }
+}
+
+#[test]
 fn a_kernel_that_is_wrong_is_named_and_no_other() {
     let mut known = Catalogue::new(&floor());
     // Some have a limit that acts, and all have norms, routers and sums beside it.
