@@ -90,7 +90,7 @@ impl Catalogue {
         let mut run = BTreeSet::new();
         let mut layers = cover(candidates(), facts, &mut run);
         let wide: Vec<Known> = layers.iter().filter_map(|known| known.widened(facts)).collect();
-        // What needs two fields at once, such as a kind of quantisation and an activation that is fused with it, or three.
+        // What needs two or three fields at once, such as a kind of quantisation and the activation fused with it.
         let mut newest = layers.clone();
         while !newest.is_empty() {
             newest = cover(grafted(&newest), facts, &mut run);

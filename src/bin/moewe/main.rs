@@ -94,11 +94,11 @@ enum Command {
     Conformance(ConformanceOptions),
     /// Examines every adapter: features and limits, whether each kernel is right there, bandwidth and dispatches.
     ///
-    /// Runs small layers that together have every kernel which a layer could get on the adapter, and compares each step
-    /// with its twin on the CPU and each layer with the reference. Takes about a minute on a software adapter. The cpu
-    /// backend is examined as well; --adapter cpu examines it alone.
-    /// Exit status: 0 all is right, 1 a kernel is wrong or failed, 2 usage or no such adapter, 3 nothing is wrong but an
-    /// adapter cannot run layers. A backend that is not in this build changes nothing.
+    /// Runs small layers that together have every kernel which a layer could get on the adapter, and compares each
+    /// step with its twin on the CPU and each layer with the reference. Takes about a minute with Mesa's software
+    /// driver. The cpu backend is examined as well; --adapter cpu examines it alone.
+    /// Exit status: 0 all is right, 1 a kernel is wrong or failed, 2 usage or no such adapter, 3 nothing is wrong but
+    /// an adapter cannot run layers. A backend that is not in this build changes nothing.
     #[command(after_help = "Example:\n  moewe doctor --adapter NVIDIA")]
     Doctor(DoctorOptions),
 }
