@@ -406,6 +406,11 @@ mod gpu {
     }
 
     impl Adapter {
+        /// What wgpu knows of it.
+        pub fn handle(&self) -> &wgpu::Adapter {
+            &self.handle
+        }
+
         /// Whether `wanted` is a part of its name, driver or API, whatever the case.
         pub fn matches(&self, wanted: &str) -> bool {
             self.name.to_lowercase().contains(&wanted.to_lowercase())

@@ -102,7 +102,7 @@ pub use backend::wgpu::Wgpu;
 pub use checkpoint::Checkpoint;
 pub use error::{Error, Result, Unsupported};
 pub use plan::{Backend, Bound, Io, Plan, Scratch, ScratchLayout, Tokens, supports};
-pub use schedule::{Cut, Options, Schedule};
+pub use schedule::{Cut, Cuts, Options, Schedule};
 pub use spec::MoeSpec;
 pub use support::Scope;
 pub use weights::{InputScales, LoraWeights, Matrix, MlpWeights, MoeWeights, RouterWeights, Tensor};

@@ -10,13 +10,15 @@
 //! - `lower`: the schedule is lowered from the spec without the field; weights, rows, buffers and judge belong to
 //!   the spec with it.
 //! - `carrier`: the schedule is the right one, but for one thing that the field acts through: a step, a table of
-//!   the plan's, or the way a matrix is read. Each of them in turn, for few tokens and for many.
+//!   the plan's, or the way a matrix is read. Each of them in turn, for few tokens, for some and for many.
 //!
 //! [`ablation`] drops fields of a layer as a user has it, and leaves it to the reference what that does.
 //!
 //! For the tool, the tests and the benches; no other part of the library uses it.
 
 pub mod ablation;
+pub mod answers;
+pub mod lockstep;
 mod matrix;
 mod mutants;
 pub mod report;
@@ -120,16 +122,12 @@ pub fn try_witness<B: Host + Clone>(backend: &B, witness: &witnesses::Witness) -
 /// fields of how many are done.
 pub fn run<B: Host + Clone + Sync>(backend: &B, progress: &(dyn Fn(usize, usize) + Sync)) -> Vec<Outcome> {
     let (fields, witnesses) = (vocabulary::vocabulary().fields, witnesses::witnesses());
-    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let results: Vec<Mutex<Vec<Outcome>>> = fields.iter().map(|_| Mutex::default()).collect();
-    let work = || {
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let (Some(field), Some(result)) = (fields.get(at), results.get(at)) else { return };
-            let witness = witnesses.iter().find(|witness| witness.field == *field);
-            let outcomes = match witness {
-                Some(witness) => trial::try_witness(backend, witness),
-                None => [Mutant::Lower, Mutant::Carrier].map(|mutant| Outcome {
+    let outcomes = spread(fields.len(), progress, &|at| {
+        let field = &fields[at];
+        match witnesses.iter().find(|witness| witness.field == *field) {
+            Some(witness) => trial::try_witness(backend, witness).into(),
+            None => [Mutant::Lower, Mutant::Carrier]
+                .map(|mutant| Outcome {
                     field: field.clone(),
                     mutant,
                     backend: backend.facts().backend,
@@ -138,19 +136,37 @@ pub fn run<B: Host + Clone + Sync>(backend: &B, progress: &(dyn Fn(usize, usize)
                     reason: "no witness is written for it".into(),
                     because: String::new(),
                     carriers: 0,
-                }),
-            };
-            *result.lock().unwrap_or_else(PoisonError::into_inner) = outcomes.into();
-            progress(done.fetch_add(1, Ordering::Relaxed) + 1, fields.len());
+                })
+                .to_vec(),
+        }
+    });
+    outcomes.into_iter().flat_map(|outcomes: Vec<_>| outcomes).collect()
+}
+
+/// `work` of 0 to `count`, on threads of our own: the twins and the reference use rayon's, which would take up whole
+/// pieces in between. `progress` hears how many of how many are done.
+fn spread<T: Send>(
+    count: usize,
+    progress: &(dyn Fn(usize, usize) + Sync),
+    work: &(dyn Fn(usize) -> T + Sync),
+) -> Vec<T> {
+    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let results: Vec<Mutex<Option<T>>> = (0..count).map(|_| Mutex::default()).collect();
+    let run = || {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(result) = results.get(at) else { return };
+            let value = work(at);
+            *result.lock().unwrap_or_else(PoisonError::into_inner) = Some(value);
+            progress(done.fetch_add(1, Ordering::Relaxed) + 1, count);
         }
     };
-    // Threads of our own: the twins and the reference use rayon's, which would take up whole witnesses in between.
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            scope.spawn(work);
+            scope.spawn(run);
         }
-        work();
+        run();
     });
-    results.into_iter().flat_map(|result| result.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
+    results.into_iter().filter_map(|result| result.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
 }

@@ -127,6 +127,30 @@ pub fn read_rate<B: Host>(host: &B, bytes: u64) -> Result<f64> {
     Ok(matrix.bytes() as f64 / best)
 }
 
+/// Seconds that a dispatch takes which does next to nothing and waits for the one before, many of them in one pass; and
+/// how that was measured.
+///
+/// # Errors
+/// The device refuses.
+pub fn dispatch_cost<B: Host>(host: &B) -> Result<(f64, &'static str)> {
+    const MANY: usize = 1000;
+    const RUNS: usize = 10;
+    let kernel = host.compile("stream", &Operation::Stream(Stream))?;
+    let source = host.upload("stream", &[1, 2, 3, 4])?;
+    // Each writes the same words, so that none can begin before the one before has ended.
+    let sums = host.create_buffer("sums", 4 * Stream::WORKGROUP as u64, false)?;
+    let slice = |buffer| BufferSlice { buffer, offset: 0, bytes: host.buffer_bytes(buffer) };
+    let binding = host.bind(&kernel, &[slice(&source), slice(&sums)])?;
+    // One and one with many more in turn: the difference is that of the dispatches alone.
+    let record = &mut |encoder: &mut B::Encoder, at: usize| {
+        let launch = |_| Launch { kernel: &kernel, binding: &binding, workgroups: [1, 1, 1], params: 0 };
+        host.launch(encoder, &mut (0..1 + at % 2 * MANY).map(launch))
+    };
+    let (seconds, method) = host.time(RUNS, record)?;
+    let best = |parity: usize| seconds.iter().skip(parity).step_by(2).copied().fold(f64::INFINITY, f64::min);
+    Ok(((best(1) - best(0)).max(0.0) / MANY as f64, method))
+}
+
 /// The router's weights: a bias of the selection, where there is one.
 fn router(spec: &MoeSpec) -> RouterWeights<'static> {
     // 0 to 0.1: it changes the order of some scores.

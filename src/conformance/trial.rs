@@ -9,19 +9,19 @@ use crate::error::{Error, Result};
 use crate::host::{Host, decode, encode, poison};
 use crate::plan::{self, Io, Plan, Scratch, Tokens};
 use crate::reference;
-use crate::schedule::{Buffer, Contents, EXPERT_MISSES, Options, Schedule, lower};
+use crate::schedule::{Buffer, Contents, Cuts, EXPERT_MISSES, Options, Schedule, lower};
 use crate::spec::{ActivationQuant, CombineRounding, ExpertMlp, FloatType, MoeSpec, Precision, Rounding, Router};
 use crate::spec::{ActivationRounding, BlockScale, CombineOrder, Lora, LoraDelta, Placement, SharedExperts, Slot};
 use crate::support::Scope;
 use crate::weights::MoeWeights;
 
-/// Tokens of the calls: one that the matrix-vector kernels serve, one for the tiled ones.
-const CALLS: [(&str, usize); 2] = [("decode", 5), ("tiled", 48)];
+/// Tokens of the calls: one that the matrix-vector kernels serve, one for those of four rows, one for tiles.
+const CALLS: [(&str, usize); 3] = [("decode", 5), ("rows", 17), ("tiled", 48)];
 const MAX_TOKENS: usize = 48;
 const WEIGHTS: u64 = 21;
 const INPUTS: u64 = 22;
 
-const OPTIONS: Options = Options::AUTO;
+const OPTIONS: Options = Options { cuts: Cuts::UpTo([CALLS[0].1, 0, CALLS[1].1, 0]), ..Options::AUTO };
 
 /// What a device may be off by, relative to the norm of what is compared. A backend is right to about 1e-6. Beside
 /// the middle of two values of T, or of two codes, that becomes a step of T or of the codes, in a few values of
@@ -36,16 +36,20 @@ impl Tolerance {
     /// The reference has to move so many times as far from the neutral spec to the other.
     const MOVES: f64 = 1.5;
 
-    fn of(witness: &Witness) -> Self {
-        let specs = [&witness.neutral, &witness.spec];
-        if specs.iter().any(|spec| quantises(spec)) {
+    fn of(spec: &MoeSpec) -> Self {
+        if quantises(spec) {
             Self::CODES
-        } else if specs.iter().any(|spec| rounds(spec)) {
+        } else if rounds(spec) {
             Self::ROUNDED
         } else {
             Self::FLOATS
         }
     }
+}
+
+/// What a device may be off by on layers of the spec, in [`distance`].
+pub(super) fn tolerance(spec: &MoeSpec) -> f64 {
+    Tolerance::of(spec).0
 }
 
 fn quantises(spec: &MoeSpec) -> bool {
@@ -54,7 +58,8 @@ fn quantises(spec: &MoeSpec) -> bool {
     on(&spec.experts) || shared.is_some_and(on)
 }
 
-fn rounds(spec: &MoeSpec) -> bool {
+/// Whether anything of a layer is rounded to a narrower type than f32.
+pub(super) fn rounds(spec: &MoeSpec) -> bool {
     let Precision {
         input: _,
         output,
@@ -129,12 +134,12 @@ struct Trial<'a, B: Host> {
     neutral: Lowered,
     spec: Lowered,
     /// What is right, by call.
-    wanted: [Observed; 2],
+    wanted: [Observed; CALLS.len()],
     tolerance: f64,
 }
 
 /// What leaves a layer, part by part.
-type Observed = Vec<(&'static str, Vec<f32>)>;
+pub(super) type Observed = Vec<(&'static str, Vec<f32>)>;
 
 impl<'a, B: Host + Clone> Trial<'a, B> {
     fn new(backend: &'a B, witness: &'a Witness) -> Result<Self, Verdict> {
@@ -154,9 +159,9 @@ impl<'a, B: Host + Clone> Trial<'a, B> {
         };
         let (layer, neutral_layer) = (random(spec)?, random(neutral)?);
         let inputs = inputs(&layer, *special);
-        let all = judge(&layer, &inputs, *special, MAX_TOKENS)?;
-        let few = judge(&layer, &inputs, *special, CALLS[0].1)?;
-        let tolerance = Tolerance::of(witness).0;
+        let [few, some] = [CALLS[0].1, CALLS[1].1].map(|tokens| judge(&layer, &inputs, *special, tokens));
+        let (few, some, all) = (few?, some?, judge(&layer, &inputs, *special, MAX_TOKENS)?);
+        let tolerance = self::tolerance(neutral).max(self::tolerance(spec));
         // Tensors of the same names are the same in both layers.
         let other = judge(&neutral_layer, &self::inputs(&neutral_layer, *special), *special, MAX_TOKENS)?;
         let moved = distance(&all, &other);
@@ -183,7 +188,7 @@ impl<'a, B: Host + Clone> Trial<'a, B> {
             callers,
             neutral: neutral_lowered,
             spec: spec_lowered,
-            wanted: [few, all],
+            wanted: [few, some, all],
             tolerance,
         };
         // As users plan it, and as the mutants are planned: both are right.
@@ -238,16 +243,17 @@ impl<'a, B: Host + Clone> Trial<'a, B> {
         let mut least: Option<(f64, String)> = None;
         let mut typed = 0;
         let mut missed = vec![];
-        let mut look = |name: &str, call: usize, observed: &Result<[Observed; 2]>| match self.judge(call, observed) {
-            Judgement::Right(off) => missed.push(format!("{name} ({}): off by {off:.1e} only", CALLS[call].0)),
-            Judgement::Failed(error) => missed.push(format!("{name}: the device failed: {error}")),
-            Judgement::Caught(_) => typed += 1,
-            Judgement::Off(off) => {
-                if least.as_ref().is_none_or(|(least, _)| off < *least) {
-                    least = Some((off, name.to_owned()));
+        let mut look =
+            |name: &str, call: usize, observed: &Result<[Observed; CALLS.len()]>| match self.judge(call, observed) {
+                Judgement::Right(off) => missed.push(format!("{name} ({}): off by {off:.1e} only", CALLS[call].0)),
+                Judgement::Failed(error) => missed.push(format!("{name}: the device failed: {error}")),
+                Judgement::Caught(_) => typed += 1,
+                Judgement::Off(off) => {
+                    if least.as_ref().is_none_or(|(least, _)| off < *least) {
+                        least = Some((off, name.to_owned()));
+                    }
                 }
-            }
-        };
+            };
         for carrier in &carriers {
             let observed =
                 mutants::neutralised(&self.neutral, &self.spec, carrier).and_then(|mutant| self.run(&mutant));
@@ -278,13 +284,13 @@ impl<'a, B: Host + Clone> Trial<'a, B> {
         (Status::Killed, format!("{carriers}: {}", how.join(", ")), count)
     }
 
-    fn run(&self, lowered: &Lowered) -> Result<[Observed; 2]> {
+    fn run(&self, lowered: &Lowered) -> Result<[Observed; CALLS.len()]> {
         let fill = mutants::filled(&lowered.words);
         self.observe(Plan::from_schedule(self.backend.clone(), lowered.schedule.clone(), &fill)?)
     }
 
-    /// Both calls of a plan, in the buffers that a caller of the spec gives.
-    fn observe(&self, plan: Plan<B>) -> Result<[Observed; 2]> {
+    /// The calls of a plan, in the buffers that a caller of the spec gives.
+    fn observe(&self, plan: Plan<B>) -> Result<[Observed; CALLS.len()]> {
         self.callers.poison(self.backend)?;
         let scratch: Result<Vec<_>> = plan
             .scratch_layout()
@@ -320,10 +326,10 @@ impl<'a, B: Host + Clone> Trial<'a, B> {
             }
             Ok::<_, Error>(observed)
         };
-        Ok([call(CALLS[0].1)?, call(CALLS[1].1)?])
+        Ok([call(CALLS[0].1)?, call(CALLS[1].1)?, call(CALLS[2].1)?])
     }
 
-    fn judge(&self, call: usize, observed: &Result<[Observed; 2]>) -> Judgement {
+    fn judge(&self, call: usize, observed: &Result<[Observed; CALLS.len()]>) -> Judgement {
         match observed {
             Ok(observed) => {
                 let off = distance(&self.wanted[call], &observed[call]);
@@ -503,7 +509,7 @@ fn callers_routing(spec: &MoeSpec, tokens: usize) -> (Vec<i32>, Vec<f32>) {
 
 /// rel_fro: what two results differ by, relative to the first; the largest of their parts. What is no number is
 /// infinitely far from what is one.
-fn distance(wanted: &Observed, found: &Observed) -> f64 {
+pub(super) fn distance(wanted: &Observed, found: &Observed) -> f64 {
     let part = |name: &str, wanted: &[f32]| {
         let found = found.iter().find(|(other, _)| *other == name).map_or(&[][..], |(_, values)| values);
         if found.len() != wanted.len() {

@@ -32,8 +32,8 @@ pub struct DeviceFacts {
 pub struct Options {
     /// Bound on one weight buffer, if below the device's.
     pub segment_bytes: Option<u64>,
-    /// How GEMMs are cut; `None` for each call by how many rows a matrix has in the mean.
-    pub cut: Option<Cut>,
+    /// How the GEMMs of each call are cut.
+    pub cuts: Cuts,
     /// Whether an activation and the quantisation behind it are one step where that means the same.
     pub fuse_quantization: bool,
     /// Whether steps that count what explains accuracy are planned; see [`Diagnostics`]. They change no result.
@@ -42,7 +42,30 @@ pub struct Options {
 
 impl Options {
     /// The library's own choice.
-    pub const AUTO: Self = Self { segment_bytes: None, cut: None, fuse_quantization: true, diagnostics: false };
+    pub const AUTO: Self =
+        Self { segment_bytes: None, cuts: Cuts::ByMeanRows, fuse_quantization: true, diagnostics: false };
+}
+
+/// Which calls have which [`Cut`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cuts {
+    /// By how many rows a matrix has in the mean ([`Cut::most_mean_rows`]).
+    ByMeanRows,
+    /// Each of [`Cut::ALL`] but the last in calls of up to so many tokens that none before it serves.
+    UpTo([usize; 4]),
+}
+
+impl Cuts {
+    /// One in every call. What it cannot launch is left to tiles.
+    pub const fn only(cut: Cut) -> Self {
+        match cut {
+            Cut::Gemv => Self::UpTo([usize::MAX, 0, 0, 0]),
+            Cut::Pairs => Self::UpTo([0, usize::MAX, 0, 0]),
+            Cut::Quads => Self::UpTo([0, 0, usize::MAX, 0]),
+            Cut::Octets => Self::UpTo([0, 0, 0, usize::MAX]),
+            Cut::Tiles => Self::UpTo([0; 4]),
+        }
+    }
 }
 
 /// How many rows meet a weight that is read and decoded once.

@@ -1,164 +1,19 @@
 //! Every step of a schedule on the device against its twin: the first kernel that is wrong is named.
 
-use moewe::host::{Host, Session};
-use moewe::kernels::{Access, Operation, Stage, ValueSource};
+use moewe::Options;
+use moewe::conformance::lockstep;
 use moewe::plan::Backend;
 use moewe::spec::*;
-use moewe::{Cpu, Options, Tokens, Wgpu};
 
 use crate::rig::{CUTS, GEMV, OCTETS, PAIRS, QUADS, RandomLayer, TILED, deepseek_like, gpu};
-
-/// Rounding errors of an f32 sum of n terms of size 1 walk at random: sqrt(n) times half an ulp of the
-/// sum, some sixteen times that at worst over a whole buffer. Relative to the row's largest value.
-const SUM_TOLERANCE: f32 = 16.0 * 6e-8;
-/// One `exp` and a division in WGSL: 3 + 2|x| and 2.5 ulp, |x| below 10.
-const SCORE_TOLERANCE: f32 = 3e-6;
-
-/// Both sides of a lockstep: same schedule, buffers by name.
-struct Lockstep {
-    gpu: Session<Wgpu>,
-    cpu: Session<Cpu>,
-    tokens: usize,
-}
-
-/// Runs one step on both sides from the device's own buffers, and compares what it wrote.
-fn step(both: &Lockstep, at: usize) {
-    let schedule = both.gpu.plan().schedule();
-    let step = &both.gpu.bound().steps(both.tokens)[at];
-    let before = buffers(both);
-    let mut encoder = gpu().encoder();
-    both.gpu.bound().record_steps(&mut encoder, &Tokens::Host(both.tokens), &|index, _| index == at).unwrap();
-    gpu().submit(encoder).unwrap();
-    let after = buffers(both);
-
-    // The twin starts from what the device had.
-    let cpu = both.cpu.plan().backend();
-    let of_cpu = |name: &str| match name {
-        "output" => both.cpu.output().unwrap(),
-        name => both.cpu.scratch().buffer(name).unwrap(),
-    };
-    for (name, words) in &before {
-        cpu.write(of_cpu(name), 0, words).unwrap();
-    }
-    both.cpu.bound().record_steps(&mut cpu.encoder(), &Tokens::Host(both.tokens), &|index, _| index == at).unwrap();
-    for (binding, &index) in step.operation.source().bindings.iter().zip(&step.buffers) {
-        let name = schedule.buffers[index].name.as_str();
-        let got = &after.iter().find(|(known, _)| known == name);
-        let Some((_, got)) = got else { continue };
-        if !matches!(binding.access, Access::Write | Access::ReadWrite) {
-            let (_, old) = before.iter().find(|(known, _)| known == name).unwrap();
-            assert_eq!(got, old, "{}: the step changed {name}, which it only reads", step.name);
-            continue;
-        }
-        equal(&step.name, &step.operation, name, &cpu.read(of_cpu(name)).unwrap(), got);
-    }
-}
-
-fn buffers(both: &Lockstep) -> Vec<(String, Vec<u32>)> {
-    let scratch = both.gpu.plan().scratch_layout().buffers.into_iter().map(|(name, _)| {
-        let words = gpu().read(both.gpu.scratch().buffer(&name).unwrap()).unwrap();
-        (name, words)
-    });
-    let output = gpu().read(both.gpu.output().unwrap()).unwrap();
-    scratch.chain([("output".to_string(), output)]).collect()
-}
-
-/// Integers and unwritten (poisoned) words exactly, sums and scores within their bounds.
-fn equal(step: &str, operation: &Operation, buffer: &str, want: &[u32], got: &[u32]) {
-    let exact = |at: usize| assert_eq!(got[at], want[at], "step {step}: {buffer}[{at}] differs from the twin");
-    let stage = operation.stage();
-    let terms = match operation {
-        Operation::GroupedGemm(gemm) => gemm.cols.max(16) as f32,
-        Operation::Norm(norm) => norm.cols.max(16) as f32,
-        Operation::Combine(_)
-        | Operation::TopkRouting(_)
-        | Operation::Permute(_)
-        | Operation::Assign(_)
-        | Operation::Activate(_)
-        | Operation::Quantize(_)
-        | Operation::Amax(_)
-        | Operation::Diagnose(_)
-        | Operation::Synthesize(_)
-        | Operation::Stream(_) => 16.0,
-    };
-    let bounded = match (stage, buffer) {
-        (Stage::Quantize, _) => return quantized(step, operation, buffer, want, got),
-        (Stage::Assign | Stage::Permute | Stage::Diagnose | Stage::Synthesize | Stage::Stream, _) | (_, "topk_ids") => {
-            None
-        }
-        (Stage::Activation, _) => Some(SCORE_TOLERANCE),
-        (Stage::TopkRouting, _) => Some(SCORE_TOLERANCE),
-        (Stage::GroupedGemm | Stage::Norm | Stage::Combine, _) => Some(SUM_TOLERANCE * terms.sqrt()),
-    };
-    let Some(tolerance) = bounded else { return (0..want.len()).for_each(exact) };
-    let width = match operation {
-        Operation::GroupedGemm(gemm) => gemm.features(),
-        Operation::Norm(norm) => norm.cols,
-        _ => want.len(),
-    };
-    for (row, want_row) in want.chunks(width).enumerate() {
-        let largest = want_row.iter().map(|&word| f32::from_bits(word).abs());
-        let largest = largest.filter(|value| value.is_finite()).fold(1f32, f32::max);
-        for (col, &word) in want_row.iter().enumerate() {
-            let at = row * width + col;
-            let (want_value, value) = (f32::from_bits(word), f32::from_bits(got[at]));
-            if want_value.is_nan() {
-                exact(at);
-            } else {
-                let near = (value - want_value).abs() <= tolerance * largest;
-                assert!(near, "step {step}: {buffer}[{at}] is {value}, its twin says {want_value}");
-            }
-        }
-    }
-}
-
-/// Codes and scales of given values exactly; behind an activation, whose `exp` may err, within a code.
-fn quantized(step: &str, operation: &Operation, buffer: &str, want: &[u32], got: &[u32]) {
-    let exact = match operation {
-        Operation::Quantize(quantize) => match quantize.source {
-            ValueSource::Rows { .. } => true,
-            ValueSource::Activated(_) => false,
-        },
-        _ => true,
-    };
-    // Codes in order of their values.
-    let rank = |word: u32, byte: usize| {
-        let code = (word >> (8 * byte)) as u8;
-        if code & 0x80 == 0 { i32::from(code) } else { -i32::from(code & 0x7f) }
-    };
-    let mut flipped = 0;
-    for (at, (&want, &got)) in want.iter().zip(got).enumerate() {
-        if want == got {
-            continue;
-        }
-        assert!(!exact, "step {step}: {buffer}[{at}] is {got:#x}, its twin says {want:#x}");
-        if buffer.ends_with(".codes") {
-            let near = (0..4).all(|byte| (rank(want, byte) - rank(got, byte)).abs() <= 1);
-            assert!(near, "step {step}: {buffer}[{at}] is {got:#x}, its twin says {want:#x}");
-            flipped += 1;
-        } else {
-            let [want, got] = [want, got].map(f32::from_bits);
-            assert!((want - got).abs() <= 4e-6 * want, "step {step}: {buffer}[{at}] is {got}, its twin says {want}");
-        }
-    }
-    // An ulp or some change few codes.
-    assert!(flipped * 50 <= want.len().max(50), "step {step}: {flipped} of {} words of {buffer} differ", want.len());
-}
 
 fn walk(spec: MoeSpec, tokens: usize, options: &Options) {
     let layer = RandomLayer::new(spec, 11);
     let inputs = layer.all_inputs(tokens, 12);
-    let both = Lockstep {
-        gpu: layer.on_gpu(tokens, options),
-        cpu: layer.on_cpu(tokens, options, Some(gpu().facts())),
-        tokens,
-    };
-    // Only the backend's name may differ between the two schedules.
-    assert_eq!(both.cpu.plan().schedule(), both.gpu.plan().schedule());
-    both.gpu.write(&inputs.view()).unwrap();
-    both.cpu.write(&inputs.view()).unwrap();
-    for at in 0..both.gpu.bound().steps(tokens).len() {
-        step(&both, at);
+    let (device, twin) = (layer.on_gpu(tokens, options), layer.on_cpu(tokens, options, Some(gpu().facts())));
+    for step in lockstep::walk(&device, &twin, &layer.spec, &inputs.view()).unwrap() {
+        assert_eq!(step.complaint, None, "{step:?}");
+        assert!(step.error <= step.tolerance, "{step:?}");
     }
 }
 

@@ -10,7 +10,7 @@ use moewe::host::{self, Limits, Session};
 use moewe::reference::{self, Inputs};
 use moewe::schedule::DeviceFacts;
 use moewe::spec::{MoeSpec, WeightFormat};
-use moewe::{Cpu, Cut, Matrix, MoeWeights, Options, Plan, Wgpu};
+use moewe::{Cpu, Cut, Cuts, Matrix, MoeWeights, Options, Plan, Wgpu};
 
 #[allow(unused_imports, reason = "the benches use less of it")]
 pub use moewe::conformance::sample::{LayerInputs, deepseek_like, fits};
@@ -129,7 +129,7 @@ pub const TILED: Options = only(Cut::Tiles);
 pub const CUTS: [Options; 5] = [GEMV, PAIRS, QUADS, OCTETS, TILED];
 
 const fn only(cut: Cut) -> Options {
-    Options { segment_bytes: None, cut: Some(cut), fuse_quantization: true, diagnostics: false }
+    Options { segment_bytes: None, cuts: Cuts::only(cut), fuse_quantization: true, diagnostics: false }
 }
 
 /// `options` in segments of MOEWE_SEGMENT_BYTES, where that is set and the test does not choose.

@@ -8,6 +8,7 @@ use serde_json::Value;
 mod bench;
 mod commands;
 mod conformance;
+mod doctor;
 mod inspect;
 mod run;
 mod sessions;

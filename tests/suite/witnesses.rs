@@ -244,7 +244,7 @@ fn a_witness_that_shows_nothing_survives() {
 
 /// Twins that drop something of what they are asked to do, or are lost behind some calls.
 #[derive(Clone)]
-struct Deaf {
+pub struct Deaf {
     cpu: Cpu,
     drop: fn(&mut Operation),
     /// Those that are left.
@@ -254,6 +254,11 @@ struct Deaf {
 impl Deaf {
     fn new(drop: fn(&mut Operation)) -> Self {
         Self { cpu: Cpu::new(), drop, calls: Arc::new(AtomicUsize::new(usize::MAX)) }
+    }
+
+    /// With the name and the limits of another device, lost behind so many calls.
+    pub fn like(facts: DeviceFacts, calls: usize, drop: fn(&mut Operation)) -> Self {
+        Self { cpu: Cpu::like(facts), drop, calls: Arc::new(AtomicUsize::new(calls)) }
     }
 }
 

@@ -109,6 +109,8 @@ fn on_wgpu(_adapter: Option<&str>, _constraints: Constraints) -> Choice {
 }
 
 #[cfg(feature = "wgpu")]
+pub use adapters::open;
+#[cfg(feature = "wgpu")]
 use adapters::{automatic, on_wgpu};
 
 #[cfg(feature = "wgpu")]
@@ -116,7 +118,7 @@ mod adapters {
     use std::sync::Arc;
 
     use moewe::host::{self, Adapter, Limits};
-    use moewe::{Error, Result};
+    use moewe::{Error, Result, Wgpu};
 
     use super::{Choice, Constraints, PassedOver, on_cpu};
     use crate::engine::{Device, Engine, Faults};
@@ -178,8 +180,8 @@ mod adapters {
                 (_, Err(reason)) => reason,
                 (Some((better, _)), Ok(())) => format!("{better} comes first"),
                 (None, Ok(())) => match open(adapter, constraints) {
-                    Ok(engine) => {
-                        opened.chosen = Some((adapter.name.clone(), engine));
+                    Ok(device) => {
+                        opened.chosen = Some((adapter.name.clone(), Box::new(device)));
                         continue;
                     }
                     Err(error) => {
@@ -195,12 +197,12 @@ mod adapters {
     }
 
     /// The device is our own, so its stray errors are ours to collect: wgpu's default is to panic.
-    fn open(adapter: &Adapter, constraints: Constraints) -> Result<Box<dyn Engine>> {
+    pub fn open(adapter: &Adapter, constraints: Constraints) -> Result<Device<Wgpu>> {
         let Constraints { portable, segment_bytes } = constraints;
         let backend = host::open(adapter, if portable { Limits::Default } else { Limits::Adapter })?;
         let faults = Faults::default();
         let sink = faults.clone();
         backend.device().on_uncaptured_error(Arc::new(move |error: moewe::wgpu::Error| sink.push(error.to_string())));
-        Ok(Box::new(Device { backend, faults, segment_bytes }))
+        Ok(Device { backend, faults, segment_bytes })
     }
 }

@@ -12,7 +12,7 @@ use moewe::{Error, MoeSpec, Result};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-pub use cases::NAMES;
+pub use cases::{NAMES, experts_of_a_token, layer};
 pub use device::{Bench, OnDevice};
 
 use crate::backends::{self, Choice, Constraints};
@@ -21,7 +21,7 @@ use crate::metrics;
 use crate::progress::Bar;
 use crate::report::{complain, to_stdout, warn};
 use crate::{BenchOptions, Exit, svg};
-use cases::{expert_bytes, flops, layer, stated_flops};
+use cases::{expert_bytes, flops, stated_flops};
 use device::{Layer, Measured, Place, Row};
 
 /// Of a sampled row, relative to its norm. Both sides round the output to bf16, so they differ by half a step (2^-9)

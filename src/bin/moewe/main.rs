@@ -28,6 +28,7 @@ mod cases;
 mod chart;
 mod check;
 mod conformance;
+mod doctor;
 mod engine;
 mod inputs;
 mod inspect;
@@ -97,6 +98,15 @@ enum Command {
     /// Exit status: 0 each is killed or refused, 1 one survived or has no witness, 2 usage or no such device.
     #[command(after_help = "Example:\n  moewe conformance --backend wgpu --adapter NVIDIA --report conformance.md")]
     Conformance(ConformanceOptions),
+    /// Examines every adapter: features and limits, whether each kernel is right there, bandwidth and dispatches.
+    ///
+    /// Runs small layers that together have every kernel which a layer could get on the adapter, and compares each
+    /// step with its twin on the CPU and each layer with the reference. Takes about a minute with Mesa's software
+    /// driver. The cpu backend is examined as well; --adapter cpu examines it alone.
+    /// Exit status: 0 all is right, 1 a kernel is wrong or failed, 2 usage or no such adapter, 3 nothing is wrong but
+    /// an adapter cannot run layers. A backend that is not in this build changes nothing.
+    #[command(after_help = "Example:\n  moewe doctor --adapter NVIDIA")]
+    Doctor(DoctorOptions),
 }
 
 const RUN_EXAMPLES: &str = "Examples: a layer on the best GPU, and what dropping two of its fields would have done:
@@ -273,6 +283,19 @@ struct ConformanceOptions {
     report: Option<PathBuf>,
 }
 
+#[derive(Args)]
+struct DoctorOptions {
+    /// Examine only what has this in its name or driver, whatever the case.
+    #[arg(long, value_name = "S")]
+    adapter: Option<String>,
+    /// Ask each adapter for WebGPU's default limits and no features, and examine the kernels that remain.
+    #[arg(long)]
+    portable: bool,
+    /// Print one JSON object an adapter instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
 fn tokens(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(0) => Err("at least 1 token".into()),
@@ -319,6 +342,7 @@ fn main() -> ExitCode {
         Some(Command::Verify(options)) => verify::verify(&options),
         Some(Command::Bench(options)) => bench::bench(&options),
         Some(Command::Conformance(options)) => conformance::conformance(&options),
+        Some(Command::Doctor(options)) => doctor::doctor(&options),
     };
     exit.into()
 }

@@ -9,8 +9,8 @@ mod layer;
 mod routing;
 
 use super::{
-    Bucket, Buffer, Contents, Cut, DIAGNOSTICS, Decision, DeviceFacts, EXPERT_MISSES, Extent, Gemms, Grid, LOAD_SLOT,
-    Options, Part, Schedule, Step, Table,
+    Bucket, Buffer, Contents, Cut, Cuts, DIAGNOSTICS, Decision, DeviceFacts, EXPERT_MISSES, Extent, Gemms, Grid,
+    LOAD_SLOT, Options, Part, Schedule, Step, Table,
 };
 use crate::error::{Error, Result, Unsupported};
 use crate::kernels::combine::{Routed, SharedFactor, SharedRows};
@@ -480,15 +480,20 @@ impl<'a> Lowering<'a> {
                 continue;
             }
             covered = tokens;
-            let (choice, because) = match (self.options.cut, cut) {
-                (Some(_), _) => ("one way in every call", "options.cut says so"),
-                (None, Cut::Gemv) => ("a row at a time", "in small calls few matrices have more than one row"),
-                (None, Cut::Pairs) => {
-                    ("two rows at a time", "in such calls matrices have two rows in the mean, or fewer")
-                }
-                (None, Cut::Quads) => ("four rows at a time", "in such calls matrices have 2 to 8 rows in the mean"),
-                (None, Cut::Octets) => ("eight rows at a time", "in such calls matrices have 8 to 48 rows in the mean"),
-                (None, Cut::Tiles) => ("tiles of 64 rows", "in large calls matrices have rows to fill them"),
+            let choice = match cut {
+                Cut::Gemv => "a row at a time",
+                Cut::Pairs => "two rows at a time",
+                Cut::Quads => "four rows at a time",
+                Cut::Octets => "eight rows at a time",
+                Cut::Tiles => "tiles of 64 rows",
+            };
+            let because = match (self.options.cuts, cut) {
+                (Cuts::UpTo(_), _) => "options.cuts says so",
+                (Cuts::ByMeanRows, Cut::Gemv) => "in small calls few matrices have more than one row",
+                (Cuts::ByMeanRows, Cut::Pairs) => "up to 2 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Quads) => "up to 8 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Octets) => "up to 48 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Tiles) => "in large calls the rows of a matrix fill them",
             };
             self.decide("grouped_gemm", choice, because);
             let mut steps = vec![];
@@ -527,11 +532,13 @@ impl<'a> Lowering<'a> {
             // Chunks are cut for these.
             Cut::Tiles => usize::MAX,
         };
-        let wanted = match self.options.cut {
-            None => (cut.most_mean_rows() * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64) as usize,
-            // What it cannot launch is left to tiles.
-            Some(only) if only == cut || cut == Cut::Tiles => usize::MAX,
-            Some(_) => 0,
+        let wanted = match self.options.cuts {
+            Cuts::ByMeanRows => {
+                (cut.most_mean_rows() * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64) as usize
+            }
+            Cuts::UpTo(tokens) => {
+                Cut::ALL.into_iter().zip(tokens).find(|(of, _)| *of == cut).map_or(usize::MAX, |(_, tokens)| tokens)
+            }
         };
         wanted.min(launchable)
     }

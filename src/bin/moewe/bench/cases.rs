@@ -167,6 +167,11 @@ pub fn expert_bytes(spec: &MoeSpec) -> u64 {
     2 * matrix(i, h) + matrix(h, i)
 }
 
+/// Bytes of the experts that one token reads.
+pub fn experts_of_a_token(spec: &MoeSpec) -> u64 {
+    spec.top_k as u64 * expert_bytes(spec)
+}
+
 /// Operations on the weights: a multiplication and an addition for each weight of each chosen expert.
 pub fn flops(spec: &MoeSpec, tokens: usize) -> u64 {
     2 * (tokens * spec.top_k * 3 * spec.hidden_size * spec.experts.intermediate_size) as u64
