@@ -180,6 +180,16 @@ fn candidates() -> Vec<Known> {
     let (rule, scale) = (ScaleRule::FlooredAmaxTimesReciprocal, ActivationScale::F32);
     tensor.experts.activation_quant = ActivationQuant::Dynamic { code, span, rule, scale };
     specs.push(("experts.activation_quant.Dynamic.span.Tensor".into(), tensor));
+    // Rows of codes in whole vectors.
+    let pairs = [(WeightFormat::Fp8Channel, ActivationCode::E4m3), (WeightFormat::Int8Channel, ActivationCode::Int8)];
+    for (format, code) in pairs {
+        let mut whole = base();
+        whole.hidden_size = 64;
+        whole.experts.format = format;
+        let (span, rule, scale) = (ScaleSpan::Token, ScaleRule::FlooredAmaxTimesReciprocal, ActivationScale::F32);
+        whole.experts.activation_quant = ActivationQuant::Dynamic { code, span, rule, scale };
+        specs.push(("hidden_size of whole vectors".into(), whole));
+    }
     let with = |(field, spec): &(String, MoeSpec)| {
         OPTIONS.map(|options| Known { field: field.clone(), spec: spec.clone(), options })
     };

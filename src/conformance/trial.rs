@@ -291,21 +291,21 @@ impl<'a, B: Host + Clone> Trial<'a, B> {
 
     /// The calls of a plan, in the buffers that a caller of the spec gives.
     fn observe(&self, plan: Plan<B>) -> Result<[Observed; CALLS.len()]> {
-        self.callers.poison(self.backend)?;
         let scratch: Result<Vec<_>> = plan
             .scratch_layout()
             .buffers
             .into_iter()
             .filter(|(name, _)| !self.callers.has(name))
-            .map(|(name, bytes)| {
-                let buffer = self.backend.create_buffer(&name, bytes, false)?;
-                poison(self.backend, &buffer)?;
-                Ok((name, buffer))
-            })
+            .map(|(name, bytes)| Ok((name.clone(), self.backend.create_buffer(&name, bytes, false)?)))
             .collect();
-        let scratch = Scratch::from_buffers(scratch?);
+        let buffers: Vec<(String, B::Buffer)> = scratch?;
+        let own: Vec<B::Buffer> = buffers.iter().map(|(_, buffer)| buffer.clone()).collect();
+        let scratch = Scratch::from_buffers(buffers);
         let bound = plan.bind(&self.callers.io()?, &scratch)?;
         let call = |tokens| {
+            // What an earlier call left would hide that a step is missing.
+            self.callers.poison(self.backend)?;
+            own.iter().try_for_each(|buffer| poison(self.backend, buffer))?;
             let mut encoder = self.backend.encoder();
             bound.record(&mut encoder, &Tokens::Host(tokens))?;
             self.backend.submit(encoder)?;
