@@ -252,7 +252,8 @@ impl GroupedGemm {
             RowValues::Codes { code: _, group: _, scales: _ } => 8,
         };
         let per_vec = self.layout().codes_per_vec();
-        let whole = self.cols.is_multiple_of(per_vec) && self.weigh_input.is_none() && per_vec * bits % 128 == 0;
+        let whole =
+            self.cols.is_multiple_of(per_vec) && self.weigh_input.is_none() && (per_vec * bits).is_multiple_of(128);
         Some(per_vec * bits / 128).filter(|vecs| whole && (1..=2).contains(vecs))
     }
 
