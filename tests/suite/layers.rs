@@ -281,8 +281,8 @@ fn weights_may_be_cut_into_segments_of_any_size() {
     for format in [WeightFormat::Bf16, WeightFormat::Fp8Block { block: [16, 16], scale: ScaleFormat::F32 }] {
         spec.experts.format = format;
         let layer = RandomLayer::new(spec.clone(), 2);
-        for segment_bytes in [512, 1000, 4096, 64 << 10] {
-            for base in CUTS {
+        for (at, segment_bytes) in [512, 1000, 4096, 64 << 10].into_iter().enumerate() {
+            for base in [CUTS[at], TILED] {
                 let options = Options { segment_bytes: Some(segment_bytes), ..base };
                 check(&layer, 70, &options, &format!("{segment_bytes} bytes, {format:?}"));
             }
