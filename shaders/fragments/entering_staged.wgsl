@@ -9,26 +9,6 @@ struct Entering {
     staged: u32,
 }
 
-fn input_quad(input: u32, col: u32) -> vec4<f32> {
-    if INPUT_STRIDE % 4u == 0u && col < COLS {
-        return input_four(input + col);
-    }
-    var values = vec4<f32>();
-    if col < COLS {
-        values.x = input_value(input + col);
-    }
-    if col + 1u < COLS {
-        values.y = input_value(input + col + 1u);
-    }
-    if col + 2u < COLS {
-        values.z = input_value(input + col + 2u);
-    }
-    if col + 3u < COLS {
-        values.w = input_value(input + col + 3u);
-    }
-    return values;
-}
-
 // Vectors from `begin` on, `count` of them.
 fn stage_input(row: u32, index: u32, begin: u32, count: u32) {
     let input = row / INPUT_DIVISOR * INPUT_STRIDE;

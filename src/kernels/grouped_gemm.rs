@@ -377,16 +377,16 @@ impl GroupedGemm {
                 constants.push(("TILE_ROWS", Value::U32(tile_rows)));
                 constants.push(("QUADS", Value::U32(layout.codes_per_vec() as u32 / 4)));
                 constants.push(("SCALES_PER_VEC", Value::U32(layout.scales_per_vec() as u32)));
-                fragments.push(match direct {
+                fragments.extend(match direct {
                     None => {
                         constants.push(("STAGE_QUADS", Value::U32(STAGE_QUADS as u32)));
-                        shader!("fragments/entering_staged.wgsl")
+                        vec![shader!("fragments/input_quad.wgsl"), shader!("fragments/entering_staged.wgsl")]
                     }
                     Some(vecs) => {
                         let row = layout.vecs_per_row() * vecs;
                         constants.push(("INPUT_VECS", Value::U32(vecs as u32)));
                         constants.push(("INPUT_ROW_VECS", Value::U32(row as u32)));
-                        shader!("fragments/entering_direct.wgsl")
+                        vec![shader!("fragments/entering_direct.wgsl")]
                     }
                 });
                 constants.push(("PAIR", Value::U32(self.pair as u32)));
@@ -416,6 +416,7 @@ impl GroupedGemm {
                 tile_source(source, rows, &mut constants, &mut bindings, &mut fragments);
                 fragments.extend([
                     shader!("fragments/quartet.wgsl"),
+                    shader!("fragments/input_quad.wgsl"),
                     shader!("fragments/rows_staged.wgsl"),
                     shader!("grouped_gemm/rows.wgsl"),
                 ]);
