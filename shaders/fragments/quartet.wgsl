@@ -1,8 +1,3 @@
-// What scales a whole row's sum.
-fn row_factor(span: Span, entering: u32, matrix_row: u32) -> f32 {
-    return row_scale(span, matrix_row) * row_input_scale(entering);
-}
-
 // Four matrix rows: their codes, and the words where their scales begin.
 struct Quartet {
     w0: vec4<u32>,
@@ -10,6 +5,48 @@ struct Quartet {
     w2: vec4<u32>,
     w3: vec4<u32>,
     scales: vec4<u32>,
+}
+
+// The four matrix rows of an invocation: those past the end repeat the last one and are not stored.
+fn quartet_rows(span: Span, first: u32, index: u32) -> vec4<u32> {
+    let rows = vec4<u32>(first + index / LANES * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+    return min(rows, vec4<u32>(span.row_end - 1u));
+}
+
+// Where their codes begin, in vectors.
+fn quartet_codes(span: Span, rows: vec4<u32>) -> vec4<u32> {
+    return vec4<u32>(span.codes) + (rows - vec4<u32>(span.row_begin)) * VECS_PER_ROW;
+}
+
+// Where their scales begin, in words.
+fn quartet_scales(span: Span, rows: vec4<u32>) -> vec4<u32> {
+    return vec4<u32>(
+        scale_row(span, rows.x),
+        scale_row(span, rows.y),
+        scale_row(span, rows.z),
+        scale_row(span, rows.w),
+    );
+}
+
+// Vector `at` of each.
+fn quartet_at(codes: vec4<u32>, scales: vec4<u32>, at: u32) -> Quartet {
+    return Quartet(
+        segment[codes.x + at],
+        segment[codes.y + at],
+        segment[codes.z + at],
+        segment[codes.w + at],
+        scales,
+    );
+}
+
+// Not zero where a row has a NaN that its decoded codes do not show.
+fn quartet_nans(four: Quartet) -> vec4<u32> {
+    return vec4<u32>(
+        weight_nans(four.w0),
+        weight_nans(four.w1),
+        weight_nans(four.w2),
+        weight_nans(four.w3),
+    );
 }
 
 // Of four rows.

@@ -9,13 +9,6 @@ const_assert TILE_ROWS % PAIR == 0u;
 const_assert WEIGHT_FACTOR == 1.0 || !HAS_ZERO;
 const FACTOR: f32 = WEIGHT_FACTOR * INPUT_FACTOR;
 
-// Sums of four matrix rows, one vector an invocation.
-var<workgroup> partials: array<vec4<f32>, WORKGROUP_SIZE>;
-
-fn row_sum(tile_row: u32) -> f32 {
-    return partials[tile_row / 4u * LANES][tile_row % 4u];
-}
-
 // A quad of four rows' codes times the columns that meet them. Called with a constant quad: a loop would index
 // the codes at run time, which takes them out of registers.
 fn quad_dots(four: Quartet, zeros: vec4<f32>, quad: u32, entering: Entering) -> vec4<f32> {
@@ -117,17 +110,9 @@ fn main(
     }
     let token_row = row / INPUT_DIVISOR;
     let lane = index % LANES;
-    // Rows past the end repeat the last one and are not stored.
-    let last = span.row_end - 1u;
-    let lane_first = first + index / LANES * 4u;
-    let rows = min(vec4<u32>(lane_first) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(last));
-    let codes = vec4<u32>(span.codes) + (rows - vec4<u32>(span.row_begin)) * VECS_PER_ROW;
-    let scales = vec4<u32>(
-        scale_row(span, rows.x),
-        scale_row(span, rows.y),
-        scale_row(span, rows.z),
-        scale_row(span, rows.w),
-    );
+    let rows = quartet_rows(span, first, index);
+    let codes = quartet_codes(span, rows);
+    let scales = quartet_scales(span, rows);
     var sums = vec4<f32>();
     var nans = vec4<u32>();
     for (var begin = 0u; begin < VECS_PER_ROW; begin += STAGE_VECS) {
@@ -138,20 +123,9 @@ fn main(
         }
         for (var vec = lane; vec < count; vec += LANES) {
             let at = begin + vec;
-            let four = Quartet(
-                segment[codes.x + at],
-                segment[codes.y + at],
-                segment[codes.z + at],
-                segment[codes.w + at],
-                scales,
-            );
+            let four = quartet_at(codes, scales, at);
             let entering = entering_at(row, begin, vec);
-            nans |= vec4<u32>(entering_nans(entering)) | vec4<u32>(
-                weight_nans(four.w0),
-                weight_nans(four.w1),
-                weight_nans(four.w2),
-                weight_nans(four.w3),
-            );
+            nans |= vec4<u32>(entering_nans(entering)) | quartet_nans(four);
             let col = at * WEIGHTS_PER_VEC;
             if ACT_ORDER {
                 sums += FACTOR * all_ordered_dots(span, rows, four, entering, col);
@@ -178,25 +152,5 @@ fn main(
         }
     }
     let nan = vec4<f32>(bitcast<f32>(0x7fc00000u | (nans.x & 1u)));
-    partials[index] = select(sums, nan, nans != vec4<u32>());
-    for (var half = LANES / 2u; half > 0u; half /= 2u) {
-        workgroupBarrier();
-        if lane < half {
-            partials[index] += partials[index + half];
-        }
-    }
-    workgroupBarrier();
-    for (var feature = index; feature < TILE_ROWS / FEATURE_ROWS; feature += WORKGROUP_SIZE) {
-        let tile_row = feature * FEATURE_ROWS;
-        let matrix_row = first + tile_row;
-        if matrix_row < span.row_end {
-            let partner = matrix_row + FEATURE_ROWS - 1u;
-            let gate_sum = row_sum(tile_row) * row_factor(span, token_row, matrix_row);
-            let up_sum = row_sum(tile_row + FEATURE_ROWS - 1u) * row_factor(span, token_row, partner);
-            let gate = add_delta(row, matrix_row, gate_sum) + row_bias(span, matrix_row);
-            let up = add_delta(row, partner, up_sum) + row_bias(span, partner);
-            let out_col = matrix_row / FEATURE_ROWS;
-            out[row * OUT_COLS + out_col] = finish(row, out_col, gate, up);
-        }
-    }
+    store(span, first, row, true, select(sums, nan, nans != vec4<u32>()), index);
 }

@@ -10,9 +10,6 @@ const_assert ROWS == 2u || ROWS == 4u || ROWS == 8u;
 // Zeros are subtracted from codes that lack no factor.
 const_assert WEIGHT_FACTOR == 1.0 || !HAS_ZERO;
 
-// Sums of four matrix rows, one vector an invocation.
-var<workgroup> partials: array<vec4<f32>, WORKGROUP_SIZE>;
-
 // Four matrix rows times each of the tile's rows.
 struct Sums {
     a: vec4<f32>,
@@ -29,10 +26,6 @@ struct Sums {
 struct Eight {
     low: vec4<u32>,
     high: vec4<u32>,
-}
-
-fn row_sum(tile_row: u32) -> f32 {
-    return partials[tile_row / 4u * LANES][tile_row % 4u];
 }
 
 fn four_dots(w0: vec4<f32>, w1: vec4<f32>, w2: vec4<f32>, w3: vec4<f32>, x: vec4<f32>) -> vec4<f32> {
@@ -160,31 +153,9 @@ fn add_scaled(
     }
 }
 
-// Adds the lanes' sums of a row of the tile, and stores what becomes of them.
-fn store(span: Span, first: u32, row: u32, wanted: bool, sums: vec4<f32>, index: u32) {
-    let lane = index % LANES;
-    partials[index] = sums;
-    for (var half = LANES / 2u; half > 0u; half /= 2u) {
-        workgroupBarrier();
-        if lane < half {
-            partials[index] += partials[index + half];
-        }
-    }
-    workgroupBarrier();
-    let token_row = row / INPUT_DIVISOR;
-    for (var feature = index; wanted && feature < TILE_ROWS / FEATURE_ROWS; feature += WORKGROUP_SIZE) {
-        let tile_row = feature * FEATURE_ROWS;
-        let matrix_row = first + tile_row;
-        if matrix_row < span.row_end {
-            let partner = matrix_row + FEATURE_ROWS - 1u;
-            let gate_sum = row_sum(tile_row) * row_factor(span, token_row, matrix_row);
-            let up_sum = row_sum(tile_row + FEATURE_ROWS - 1u) * row_factor(span, token_row, partner);
-            let gate = add_delta(row, matrix_row, gate_sum) + row_bias(span, matrix_row);
-            let up = add_delta(row, partner, up_sum) + row_bias(span, partner);
-            let out_col = matrix_row / FEATURE_ROWS;
-            out[row * OUT_COLS + out_col] = finish(row, out_col, gate, up);
-        }
-    }
+// Stores, and `partials` is free again.
+fn store_next(span: Span, first: u32, row: u32, wanted: bool, sums: vec4<f32>, index: u32) {
+    store(span, first, row, wanted, sums, index);
     workgroupBarrier();
 }
 
@@ -215,16 +186,9 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     );
     let entering = Eight(tile_rows.low / vec4<u32>(INPUT_DIVISOR), tile_rows.high / vec4<u32>(INPUT_DIVISOR));
     let lane = index % LANES;
-    let last = span.row_end - 1u;
-    let lane_first = first + index / LANES * 4u;
-    let rows = min(vec4<u32>(lane_first) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(last));
-    let codes = vec4<u32>(span.codes) + (rows - vec4<u32>(span.row_begin)) * VECS_PER_ROW;
-    let scales = vec4<u32>(
-        scale_row(span, rows.x),
-        scale_row(span, rows.y),
-        scale_row(span, rows.z),
-        scale_row(span, rows.w),
-    );
+    let rows = quartet_rows(span, first, index);
+    let codes = quartet_codes(span, rows);
+    let scales = quartet_scales(span, rows);
     var sums: Sums;
     var nans = vec4<u32>();
     for (var begin = 0u; begin < VECS_PER_ROW; begin += STAGE_VECS) {
@@ -240,19 +204,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         workgroupBarrier();
         for (var vec = lane; vec < count; vec += LANES) {
             let at = begin + vec;
-            let four = Quartet(
-                segment[codes.x + at],
-                segment[codes.y + at],
-                segment[codes.z + at],
-                segment[codes.w + at],
-                scales,
-            );
-            nans |= vec4<u32>(
-                weight_nans(four.w0),
-                weight_nans(four.w1),
-                weight_nans(four.w2),
-                weight_nans(four.w3),
-            );
+            let four = quartet_at(codes, scales, at);
+            nans |= quartet_nans(four);
             let col = at * WEIGHTS_PER_VEC;
             if ACT_ORDER {
                 add_scaled(&sums, ordered_dots(span, rows, four, vec, col), vec4<f32>(WEIGHT_FACTOR), entering, col);
@@ -290,16 +243,16 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     let nan = vec4<f32>(bitcast<f32>(0x7fc00000u | (nans.x & 1u)));
     let spoiled = nans != vec4<u32>();
-    store(span, first, tile_rows.low.x, true, select(sums.a, nan, spoiled), index);
-    store(span, first, tile_rows.low.y, tile.count > 1u, select(sums.b, nan, spoiled), index);
+    store_next(span, first, tile_rows.low.x, true, select(sums.a, nan, spoiled), index);
+    store_next(span, first, tile_rows.low.y, tile.count > 1u, select(sums.b, nan, spoiled), index);
     if ROWS > 2u {
-        store(span, first, tile_rows.low.z, tile.count > 2u, select(sums.c, nan, spoiled), index);
-        store(span, first, tile_rows.low.w, tile.count > 3u, select(sums.d, nan, spoiled), index);
+        store_next(span, first, tile_rows.low.z, tile.count > 2u, select(sums.c, nan, spoiled), index);
+        store_next(span, first, tile_rows.low.w, tile.count > 3u, select(sums.d, nan, spoiled), index);
     }
     if ROWS > 4u {
-        store(span, first, tile_rows.high.x, tile.count > 4u, select(sums.e, nan, spoiled), index);
-        store(span, first, tile_rows.high.y, tile.count > 5u, select(sums.f, nan, spoiled), index);
-        store(span, first, tile_rows.high.z, tile.count > 6u, select(sums.g, nan, spoiled), index);
-        store(span, first, tile_rows.high.w, tile.count > 7u, select(sums.h, nan, spoiled), index);
+        store_next(span, first, tile_rows.high.x, tile.count > 4u, select(sums.e, nan, spoiled), index);
+        store_next(span, first, tile_rows.high.y, tile.count > 5u, select(sums.f, nan, spoiled), index);
+        store_next(span, first, tile_rows.high.z, tile.count > 6u, select(sums.g, nan, spoiled), index);
+        store_next(span, first, tile_rows.high.w, tile.count > 7u, select(sums.h, nan, spoiled), index);
     }
 }

@@ -402,7 +402,11 @@ impl GroupedGemm {
                         fragments.push(shader!("fragments/group_routed.wgsl"));
                     }
                 }
-                fragments.extend([shader!("fragments/quartet.wgsl"), shader!("grouped_gemm/gemv.wgsl")]);
+                fragments.extend([
+                    shader!("fragments/quartet.wgsl"),
+                    shader!("fragments/lane_sums.wgsl"),
+                    shader!("grouped_gemm/gemv.wgsl"),
+                ]);
             }
             (GemmVariant::Rows { workgroup_size, lanes, tile_rows, rows }, source) => {
                 constants.push(("WORKGROUP_SIZE", Value::U32(workgroup_size)));
@@ -416,6 +420,7 @@ impl GroupedGemm {
                 tile_source(source, rows, &mut constants, &mut bindings, &mut fragments);
                 fragments.extend([
                     shader!("fragments/quartet.wgsl"),
+                    shader!("fragments/lane_sums.wgsl"),
                     shader!("fragments/input_quad.wgsl"),
                     shader!("fragments/rows_staged.wgsl"),
                     shader!("grouped_gemm/rows.wgsl"),
