@@ -11,7 +11,7 @@ use moewe::host::{Host, Session};
 use moewe::reference::Inputs;
 use moewe::{Cpu, Plan, Tokens};
 
-use rig::{AUTO, RandomLayer, gpu};
+use rig::{AUTO, RandomLayer, wgpu};
 use roofline::{Device, bench_spec};
 
 fn steps<B: Host + Clone>(criterion: &mut Criterion, backend: &B, device: &Device) {
@@ -42,7 +42,7 @@ fn steps<B: Host + Clone>(criterion: &mut Criterion, backend: &B, device: &Devic
 fn all(criterion: &mut Criterion) {
     let cpu = Cpu::new();
     steps(criterion, &cpu, &Device::cpu());
-    steps(criterion, gpu(), &Device::gpu(gpu()));
+    steps(criterion, wgpu(), &Device::gpu(wgpu()));
 }
 
 criterion_group! {

@@ -11,7 +11,7 @@ use moewe::host::Host;
 use moewe::spec::*;
 use moewe::{Bound, Cpu, Io, Plan, Scratch, Tokens};
 
-use rig::{AUTO, RandomLayer, gpu};
+use rig::{AUTO, RandomLayer, wgpu};
 use roofline::{Device, bench_spec};
 
 /// A layer, and whether its activations are quantised in one step with the activation function.
@@ -153,7 +153,7 @@ fn time_case<B: Host + Clone>(
 fn all(criterion: &mut Criterion) {
     let cpu = Cpu::new();
     layer(criterion, &cpu, &Device::cpu());
-    layer(criterion, gpu(), &Device::gpu(gpu()));
+    layer(criterion, wgpu(), &Device::gpu(wgpu()));
 }
 
 criterion_group! {

@@ -6,6 +6,8 @@
 use std::time::Instant;
 
 use crate::backend::cpu::{Cpu, CpuBuffer, CpuEncoder};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::{Cuda, CudaBuffer, CudaEncoder};
 use crate::error::{Error, Result};
 use crate::numerics;
 use crate::plan::{Backend, Bound, Io, Plan, Scratch, Tokens};
@@ -45,6 +47,20 @@ pub trait Host: Backend {
         count: usize,
         record: &mut dyn FnMut(&mut Self::Encoder, usize) -> Result<()>,
     ) -> Result<(Vec<f64>, &'static str)>;
+    /// Seconds that one of `count` different recordings in a row takes, for each of `rounds` rounds or of all runs in
+    /// them.
+    ///
+    /// # Errors
+    /// The device fails.
+    fn time_rounds(
+        &self,
+        count: usize,
+        rounds: usize,
+        record: &mut dyn FnMut(&mut Self::Encoder, usize) -> Result<()>,
+    ) -> Result<Vec<f64>> {
+        let one = &mut |encoder: &mut Self::Encoder, at: usize| record(encoder, at % count.max(1));
+        self.time(count * rounds, one).map(|(seconds, _)| seconds)
+    }
 }
 
 impl Host for Cpu {
@@ -66,6 +82,38 @@ impl Host for Cpu {
         record: &mut dyn FnMut(&mut CpuEncoder, usize) -> Result<()>,
     ) -> Result<(Vec<f64>, &'static str)> {
         Ok((wall_clock(self, count, record)?, "wall clock"))
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Host for Cuda {
+    fn encoder(&self) -> CudaEncoder {
+        Cuda::encoder(self)
+    }
+
+    fn submit(&self, encoder: CudaEncoder) -> Result<()> {
+        self.wait(&encoder)
+    }
+
+    fn read(&self, buffer: &CudaBuffer) -> Result<Vec<u32>> {
+        self.read_words(buffer)
+    }
+
+    fn time(
+        &self,
+        count: usize,
+        record: &mut dyn FnMut(&mut CudaEncoder, usize) -> Result<()>,
+    ) -> Result<(Vec<f64>, &'static str)> {
+        Ok((self.seconds(count, record)?, "events of a graph"))
+    }
+
+    fn time_rounds(
+        &self,
+        count: usize,
+        rounds: usize,
+        record: &mut dyn FnMut(&mut CudaEncoder, usize) -> Result<()>,
+    ) -> Result<Vec<f64>> {
+        self.replayed(count, rounds, record)
     }
 }
 

@@ -97,6 +97,8 @@ pub mod weights;
 #[cfg(feature = "wgpu")]
 pub use ::wgpu;
 pub use backend::cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use backend::cuda::Cuda;
 #[cfg(feature = "wgpu")]
 pub use backend::wgpu::Wgpu;
 pub use checkpoint::Checkpoint;

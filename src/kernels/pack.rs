@@ -125,8 +125,8 @@ impl PackedMatrix {
     /// # Errors
     /// A row (or a pair of gate and up rows) that does not fit a segment.
     pub fn place(mut self, backend: &'static str, segment_bytes: u64) -> Result<Self, Unsupported> {
-        // Word indices are u32 in the kernels; bindings stay below 2^31 bytes anyway.
-        let capacity = usize::try_from(segment_bytes.min(1 << 31) / 16 * 4).unwrap_or(0);
+        // Word indices are u32 in the kernels.
+        let capacity = usize::try_from(segment_bytes.min(1 << 34) / 16 * 4).unwrap_or(0);
         let padded = |words: [usize; 5]| words.iter().sum::<usize>().next_multiple_of(VEC_WORDS);
         let mut segments: Vec<Segment> = Vec::new();
         for group in 0..self.groups {

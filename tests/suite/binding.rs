@@ -4,7 +4,7 @@ use moewe::host::Host;
 use moewe::reference::Inputs;
 use moewe::{Backend, Cpu, Error, Io, Plan, Scratch, Tokens};
 
-use crate::rig::{AUTO, RandomLayer, deepseek_like, gpu};
+use crate::rig::{AUTO, RandomLayer, deepseek_like, gpu, wgpu};
 
 fn message<T>(result: Result<T, Error>) -> String {
     match result {
@@ -138,7 +138,7 @@ fn layers_share_one_scratch() {
 #[test]
 fn a_host_that_catches_errors_itself_sees_none_of_ours() {
     // A refused call of ours must come back as our error, not through the host's handler, which panics.
-    let backend = gpu();
+    let backend = wgpu();
     let too_large = backend.create_buffer("too large", 1 << 50, false);
     let text = message(too_large);
     assert!(text.starts_with("wgpu: creating buffer too large"), "{text}");

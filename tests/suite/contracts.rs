@@ -16,7 +16,7 @@ use crate::random::{random_spec, specs};
 use crate::rig::{CUTS, TILED};
 
 /// Every distinct kernel of many random schedules, by its text.
-fn kernels() -> BTreeMap<String, Source> {
+pub fn kernels() -> BTreeMap<String, Source> {
     let mut kernels = BTreeMap::new();
     let mut shapes = BTreeSet::new();
     let random = (0..400).map(|seed| random_spec(&mut Rng::with_seed(seed)));

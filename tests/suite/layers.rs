@@ -6,10 +6,10 @@ use fastrand::Rng;
 use moewe::host::{Host, Outcome, Session};
 use moewe::reference::{self, Inputs};
 use moewe::spec::*;
-use moewe::{Options, Plan, Wgpu};
+use moewe::{Options, Plan};
 
 use crate::random::{CPU_SAMPLES, GPU_SAMPLES, Sample, samples, specs};
-use crate::rig::{AUTO, CUTS, GEMV, LayerInputs, RandomLayer, TILED, deepseek_like, gpu, segmented};
+use crate::rig::{AUTO, CUTS, GEMV, LayerInputs, RandomLayer, TILED, deepseek_like, fresh_gpu, gpu, segmented};
 
 /// Largest |a - b| relative to the row's largest value: a row is a sum of products of one size, so its rounding
 /// errors have the size of its largest terms. An exponential of x errs by 3 + 2|x| ulp, and x has some tens; a
@@ -197,9 +197,8 @@ fn agrees_on_gpu(layer: &RandomLayer, want: &reference::Layer, options: &Options
 /// Likewise without keeping the kernels, which hardly any other layer has: a software driver needs megabytes of each.
 fn agrees_on_gpu_once(layer: &RandomLayer, want: &reference::Layer, sample: &Sample, inputs: &LayerInputs, what: &str) {
     let tokens = want.output.len() / layer.spec.hidden_size;
-    let backend = Wgpu::new(gpu().device().clone(), gpu().queue().clone());
     let options = segmented(&sample.options);
-    let plan = Plan::new(backend, &layer.spec, &layer.weights(), tokens.max(1), &options).unwrap();
+    let plan = Plan::new(fresh_gpu(), &layer.spec, &layer.weights(), tokens.max(1), &options).unwrap();
     twice(layer, want, &Session::new(plan, &layer.spec).unwrap(), inputs, &format!("wgpu: {what}"));
 }
 
@@ -347,7 +346,7 @@ fn token_chunks_give_the_same_rows() {
     assert_eq!(cpu.plan().schedule().chunk_tokens, 128);
     let inputs = Inputs::of(&hidden_states);
     compare(&layer, &want, &cpu.run(&inputs).unwrap(), "cpu in chunks");
-    let gpu = moewe::backend::wgpu::Wgpu::with_binding_limit(gpu(), 70_000);
+    let gpu = gpu().with_binding_limit(70_000);
     let plan = Plan::new(gpu, &layer.spec, &layer.weights(), tokens, &AUTO).unwrap();
     assert_eq!(plan.schedule().chunk_tokens, 128);
     let session = Session::new(plan, &layer.spec).unwrap();

@@ -7,6 +7,8 @@ mod bugs;
 mod configs;
 mod conformance;
 mod contracts;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod diagnostics;
 mod distribution;
 mod encoders;

@@ -2,6 +2,7 @@
 //! the device against `numerics`, bit for bit.
 
 use fastrand::Rng;
+use moewe::Backend;
 use moewe::host::{Host, Session};
 use moewe::kernels::{Operation, RowScale, ScaleLayout};
 use moewe::numerics::{self, SpanScale};
@@ -250,7 +251,7 @@ fn every_code_of_every_weight_format_decodes_on_the_device() {
         (Code::Uint4, &["fragments/weight_int4.wgsl"], "const CODE_ZERO: f32 = 0.0;"),
     ] {
         // Codes as binary16 are for devices that unpack those exactly.
-        if fragments.iter().any(|path| path.contains("halves")) && !gpu().proofs().exact_halves {
+        if fragments.iter().any(|path| path.contains("halves")) && !gpu().facts().exact_halves {
             println!("NOT RUN: {fragments:?}, this device does not unpack binary16 exactly");
             continue;
         }

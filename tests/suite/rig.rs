@@ -15,8 +15,37 @@ use moewe::{Cpu, Cut, Cuts, Matrix, MoeWeights, Options, Plan, Wgpu};
 #[allow(unused_imports, reason = "the benches use less of it")]
 pub use moewe::conformance::sample::{LayerInputs, deepseek_like, fits};
 
-/// The device under test, under the portability floor. No adapter is a failure.
-pub fn gpu() -> &'static Wgpu {
+/// The backend under test.
+#[cfg(not(feature = "suite-on-cuda"))]
+pub type Gpu = Wgpu;
+/// The backend under test.
+#[cfg(feature = "suite-on-cuda")]
+pub type Gpu = moewe::Cuda;
+
+/// The device under test.
+#[cfg(not(feature = "suite-on-cuda"))]
+pub fn gpu() -> &'static Gpu {
+    wgpu()
+}
+
+/// The first CUDA device. None is a failure.
+#[cfg(feature = "suite-on-cuda")]
+pub fn gpu() -> &'static Gpu {
+    static GPU: OnceLock<Gpu> = OnceLock::new();
+    GPU.get_or_init(|| moewe::Cuda::open(0).unwrap())
+}
+
+/// It without the kernels that it has compiled.
+#[allow(dead_code, reason = "the benches use less of it")]
+pub fn fresh_gpu() -> Gpu {
+    #[cfg(not(feature = "suite-on-cuda"))]
+    return Wgpu::new(gpu().device().clone(), gpu().queue().clone());
+    #[cfg(feature = "suite-on-cuda")]
+    gpu().with_compiler(gpu().compiler().clone())
+}
+
+/// The adapter under test, under the portability floor. No adapter is a failure.
+pub fn wgpu() -> &'static Wgpu {
     static GPU: OnceLock<Wgpu> = OnceLock::new();
     GPU.get_or_init(|| {
         let wanted = std::env::var("MOEWE_ADAPTER").unwrap_or_default();
@@ -101,7 +130,7 @@ impl RandomLayer {
         self.0.judge(inputs).unwrap()
     }
 
-    pub fn on_gpu(&self, max_tokens: usize, options: &Options) -> Session<Wgpu> {
+    pub fn on_gpu(&self, max_tokens: usize, options: &Options) -> Session<Gpu> {
         let plan = Plan::new(gpu().clone(), &self.spec, &self.weights(), max_tokens, &segmented(options)).unwrap();
         Session::new(plan, &self.spec).unwrap()
     }

@@ -80,7 +80,6 @@ fn shader(path: &str) -> String {
 
 /// Runs `body`, which makes `result` of `word`, over all words: fragments are tested on the device alone.
 pub fn map(fragments: &[&str], constants: &str, body: &str, words: &[u32]) -> Vec<u32> {
-    use moewe::wgpu;
     let fragments: String = fragments.iter().map(|path| shader(path)).collect();
     let text = format!(
         "@group(0) @binding(0) var<storage, read> words: array<u32>;
@@ -95,6 +94,30 @@ pub fn map(fragments: &[&str], constants: &str, body: &str, words: &[u32]) -> Ve
             }}
         }}"
     );
+    let inputs = gpu().upload("words", words).unwrap();
+    let results = words.len() / if body.contains("PAIR_OF_WORDS") { 2 } else { 1 };
+    let outputs = gpu().create_buffer("results", 4 * results as u64, false).unwrap();
+    dispatch(&text, [&inputs, &outputs], (results as u32).div_ceil(64));
+    gpu().read(&outputs).unwrap()
+}
+
+/// Runs a module of two bindings.
+#[cfg(feature = "suite-on-cuda")]
+fn dispatch(text: &str, buffers: [&moewe::backend::cuda::CudaBuffer; 2], workgroups: u32) {
+    use moewe::plan::{BufferSlice, Launch};
+    let kernel = gpu().kernel("a fragment", text).unwrap();
+    let slices = buffers.map(|buffer| BufferSlice { buffer, offset: 0, bytes: gpu().buffer_bytes(buffer) });
+    let binding = gpu().bind(&kernel, &slices).unwrap();
+    let mut encoder = gpu().encoder();
+    let launch = Launch { kernel: &kernel, binding: &binding, workgroups: [workgroups, 1, 1], params: 0 };
+    gpu().launch(&mut encoder, &mut std::iter::once(launch)).unwrap();
+    gpu().submit(encoder).unwrap();
+}
+
+/// Runs a module of two bindings.
+#[cfg(not(feature = "suite-on-cuda"))]
+fn dispatch(text: &str, buffers: [&moewe::wgpu::Buffer; 2], workgroups: u32) {
+    use moewe::wgpu;
     let device = gpu().device();
     let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
         label: None,
@@ -108,15 +131,12 @@ pub fn map(fragments: &[&str], constants: &str, body: &str, words: &[u32]) -> Ve
         compilation_options: wgpu::PipelineCompilationOptions::default(),
         cache: None,
     });
-    let inputs = gpu().upload("words", words).unwrap();
-    let results = words.len() / if body.contains("PAIR_OF_WORDS") { 2 } else { 1 };
-    let outputs = gpu().create_buffer("results", 4 * results as u64, false).unwrap();
     let group = device.create_bind_group(&wgpu::BindGroupDescriptor {
         label: None,
         layout: &pipeline.get_bind_group_layout(0),
         entries: &[
-            wgpu::BindGroupEntry { binding: 0, resource: inputs.as_entire_binding() },
-            wgpu::BindGroupEntry { binding: 1, resource: outputs.as_entire_binding() },
+            wgpu::BindGroupEntry { binding: 0, resource: buffers[0].as_entire_binding() },
+            wgpu::BindGroupEntry { binding: 1, resource: buffers[1].as_entire_binding() },
         ],
     });
     let mut encoder = gpu().encoder();
@@ -124,10 +144,9 @@ pub fn map(fragments: &[&str], constants: &str, body: &str, words: &[u32]) -> Ve
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         pass.set_pipeline(&pipeline);
         pass.set_bind_group(0, &group, &[]);
-        pass.dispatch_workgroups((results as u32).div_ceil(64), 1, 1);
+        pass.dispatch_workgroups(workgroups, 1, 1);
     }
     gpu().submit(encoder).unwrap();
-    gpu().read(&outputs).unwrap()
 }
 
 pub fn exact(what: &str, words: &[u32], got: &[u32], want: impl Fn(u32) -> f32) {

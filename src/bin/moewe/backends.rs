@@ -1,6 +1,8 @@
 //! Which backend and adapter run, and why no other.
 
 use clap::ValueEnum;
+#[cfg(feature = "cuda")]
+use moewe::Cuda;
 use moewe::{Cpu, Error, Result, Unsupported};
 
 use crate::engine::{Device, Engine, Faults};
@@ -76,9 +78,9 @@ pub fn choose(backend: BackendName, adapter: Option<&str>, constraints: Constrai
         BackendName::Reference => Choice::of("reference", Ok(Box::new(Reference))),
         BackendName::Cpu => on_cpu(vec![], constraints),
         BackendName::Wgpu => on_wgpu(adapter, constraints),
-        BackendName::Cuda => Choice::absent("cuda", "backend", "cuda", "this build has no cuda backend".into()),
+        BackendName::Cuda => on_cuda(adapter, constraints),
     };
-    if let (BackendName::Reference | BackendName::Cpu | BackendName::Cuda, Some(adapter)) = (backend, adapter) {
+    if let (BackendName::Reference | BackendName::Cpu, Some(adapter)) = (backend, adapter) {
         choice.warnings.push(format!("--adapter {adapter} has no effect: backend {} has no adapters", choice.backend));
     }
     if let (BackendName::Reference | BackendName::Cpu | BackendName::Cuda, true) = (backend, constraints.portable) {
@@ -91,6 +93,44 @@ fn on_cpu(passed_over: Vec<PassedOver>, constraints: Constraints) -> Choice {
     let segment_bytes = constraints.segment_bytes;
     let engine = Device { backend: Cpu::new(), faults: Faults::default(), segment_bytes };
     Choice { passed_over, ..Choice::of("cpu", Ok(Box::new(engine))) }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn on_cuda(_adapter: Option<&str>, _constraints: Constraints) -> Choice {
+    Choice::absent("cuda", "backend", "cuda", "this build has no cuda backend: it is behind the feature cuda".into())
+}
+
+/// The first CUDA device whose name or number `--adapter` allows.
+#[cfg(feature = "cuda")]
+fn on_cuda(adapter: Option<&str>, constraints: Constraints) -> Choice {
+    let count = match Cuda::count() {
+        Ok(count) => count,
+        Err(error) => return Choice::absent("cuda", "backend", "cuda", error.to_string()),
+    };
+    let mut passed_over = vec![];
+    for ordinal in 0..count {
+        let device = match Cuda::open(ordinal) {
+            Ok(device) => device,
+            Err(error) => return Choice { passed_over, ..Choice::of("cuda", Err(error)) },
+        };
+        let name = format!("{} (cuda device {ordinal})", device.name());
+        match adapter {
+            Some(part) if !name.to_lowercase().contains(&part.to_lowercase()) => {
+                passed_over.push(PassedOver { adapter: name, reason: format!("does not match --adapter {part}") });
+            }
+            Some(_) | None => {
+                let segment_bytes = constraints.segment_bytes;
+                let engine = Device { backend: device, faults: Faults::default(), segment_bytes };
+                return Choice { adapter: Some(name), passed_over, ..Choice::of("cuda", Ok(Box::new(engine))) };
+            }
+        }
+    }
+    let names: Vec<&str> = passed_over.iter().map(|passed| passed.adapter.as_str()).collect();
+    let because = match names.as_slice() {
+        [] => "this machine has no CUDA device".into(),
+        [..] => format!("no device has this in its name or number; there are: {}", names.join("; ")),
+    };
+    Choice { passed_over, ..Choice::absent("cuda", "adapter", adapter.unwrap_or(""), because) }
 }
 
 #[cfg(not(feature = "wgpu"))]

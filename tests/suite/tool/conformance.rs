@@ -34,7 +34,7 @@ fn every_line_has_the_same_keys_and_the_report_names_what_ran() {
 fn usage_is_2_and_found_before_anything_runs() {
     for (args, said_why) in [
         (&["conformance", "--backend", "reference"][..], "judges"),
-        (&["conformance", "--backend", "cuda"], "no cuda backend"),
+        (&["conformance", "--backend", "cuda", "--adapter", "no such device"], "cuda does not support"),
         (&["conformance", "--backend", "cpu", "--report", "/nowhere/at/all"], "another path"),
         (&["conformance", "--backend", "wgpu", "--adapter", "no such adapter"], "wgpu"),
         (&["conformance", "--backend", "abacus"], "abacus"),

@@ -180,10 +180,8 @@ impl<B: Host + Clone> Planned<'_, B> {
         /// Runs at least, and at most.
         const RUNS: [f64; 2] = [3.0, 200.0];
         let record = |runs: f64| {
-            let one = &mut |encoder: &mut B::Encoder, at: usize| {
-                bounds[at % bounds.len()].record(encoder, &Tokens::Host(tokens))
-            };
-            self.on.backend.time(runs as usize, one).map(|(seconds, _)| seconds)
+            let one = &mut |encoder: &mut B::Encoder, at: usize| bounds[at].record(encoder, &Tokens::Host(tokens));
+            self.on.backend.time_rounds(bounds.len(), (runs as usize).div_ceil(bounds.len()), one)
         };
         if estimate < WARM_UP {
             record((WARM_UP / estimate).min(RUNS[1]))?;
