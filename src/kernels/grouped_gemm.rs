@@ -24,6 +24,24 @@ use crate::weights::{Code, PackedScale, Parts};
 pub const TILE_ROWS: usize = 64;
 /// Columns of a tile of the tiled kernel, in packed rows.
 pub const TILE_COLS: usize = 64;
+/// Warps of a block on matrix units.
+const MMA_WARPS: usize = 4;
+
+/// Warps that share the columns of a block of so many rows; the others have matrix rows of their own, and what they
+/// read of the rows is the same.
+fn mma_warps_by_columns(rows: usize) -> usize {
+    match rows {
+        0..=16 => MMA_WARPS,
+        17..=32 => 2,
+        _ => 1,
+    }
+}
+
+/// Matrix rows of a block on matrix units: 32 a warp.
+pub fn mma_matrix_rows(rows: usize) -> usize {
+    32 * MMA_WARPS / mma_warps_by_columns(rows)
+}
+
 /// Vectors of 4 columns that the gemv kernel stages at once: 8 KiB.
 const STAGE_QUADS: usize = 512;
 /// Likewise the kernel of some rows, of all of them: 12 KiB.
@@ -71,6 +89,11 @@ pub enum GemmVariant {
     },
     /// One workgroup for 64 rows of a group and 64 matrix rows.
     Tiled,
+    /// One block for some rows of a group and 32 matrix rows, on matrix units: CUDA alone.
+    Mma {
+        /// Rows of a group: a multiple of 8, at most 64.
+        rows: usize,
+    },
 }
 
 impl GemmVariant {
@@ -80,8 +103,22 @@ impl GemmVariant {
             Self::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } => None,
             Self::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows } => Some(rows),
             Self::Tiled => Some(TILE_ROWS),
+            Self::Mma { rows } => Some(rows),
         }
     }
+}
+
+/// What the kernel on matrix units needs to know of its operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MatrixUnits {
+    /// 0 for bf16, 1 for E4M3, 2 for E2M1 with a power of two a vector.
+    weights: u32,
+    /// Whether rows are f32, which are two bf16 each.
+    input_f32: bool,
+    /// Values of an entering row in 16 bytes.
+    inputs_per_vec: u32,
+    /// Columns whose products are one sum before scales act; 0 for all.
+    sum_cols: u32,
 }
 
 /// What the rows that enter hold.
@@ -139,6 +176,9 @@ pub struct GroupedGemm {
     pub fill_absent: bool,
     /// What becomes of the sums.
     pub epilogue: Epilogue,
+    /// Type in which the results stand: f32, or bf16 if the epilogue has rounded to that and the variant is on matrix
+    /// units.
+    pub stored: FloatType,
     /// T, where anything is rounded.
     pub model: FloatType,
     /// Whether the device unpacks each binary16 exactly.
@@ -257,6 +297,50 @@ impl GroupedGemm {
         Some(per_vec * bits / 128).filter(|vecs| whole && (1..=2).contains(vecs))
     }
 
+    /// What the kernel on matrix units needs to know of the operands; `None` where it lacks them: other formats, rows
+    /// that are no whole vectors, weights or scales that act on the operands themselves.
+    pub fn matrix_units(&self) -> Option<MatrixUnits> {
+        let layout = self.layout();
+        let blocks = layout.blocks();
+        let per_vec = layout.codes_per_vec();
+        let no_act_order = blocks.is_none_or(|blocks| !blocks.act_order);
+        if self.weigh_input.is_some() || !self.cols.is_multiple_of(per_vec) || !no_act_order {
+            return None;
+        }
+        let floats = |weights: u32| match self.input {
+            RowValues::Floats(FloatType::Bf16) => {
+                Some(MatrixUnits { weights, input_f32: false, inputs_per_vec: 8, sum_cols: 0 })
+            }
+            RowValues::Floats(FloatType::F32) => {
+                Some(MatrixUnits { weights, input_f32: true, inputs_per_vec: 4, sum_cols: 0 })
+            }
+            RowValues::Floats(FloatType::F16) | RowValues::Codes { code: _, group: _, scales: _ } => None,
+        };
+        let scale = blocks.map(|blocks| (blocks.scale, blocks.cols));
+        match (self.parts.code, scale, self.input) {
+            (Code::Bf16, None, RowValues::Floats(_)) => floats(0),
+            (Code::E2m1, Some((PackedScale::E8m0, 32)), RowValues::Floats(_)) => floats(2),
+            (
+                Code::E4m3,
+                None | Some((PackedScale::F32 | PackedScale::E8m0 | PackedScale::Bf16, _)),
+                RowValues::Codes { code: ActivationCode::E4m3, group: _, scales: _ },
+            ) => {
+                // A sum of a warp is of whole vectors of its lanes, and no longer than what it holds in registers.
+                let sum_cols = match self.k_block() {
+                    None => 0,
+                    Some(cols @ (64 | 128 | 256)) => cols as u32,
+                    Some(_) => return None,
+                };
+                Some(MatrixUnits { weights: 1, input_f32: false, inputs_per_vec: 16, sum_cols })
+            }
+            (
+                Code::F32 | Code::F16 | Code::Bf16 | Code::E4m3 | Code::E2m1 | Code::Int8 | Code::Int4 | Code::Uint4,
+                _,
+                RowValues::Floats(_) | RowValues::Codes { code: _, group: _, scales: _ },
+            ) => None,
+        }
+    }
+
     fn rows_per_token(&self) -> usize {
         match self.rows {
             RowSource::Direct { groups } => groups,
@@ -288,21 +372,31 @@ impl GroupedGemm {
         ];
         let direct = match self.variant {
             GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } => self.input_vecs(),
-            GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ } | GemmVariant::Tiled => None,
+            GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
+            | GemmVariant::Tiled
+            | GemmVariant::Mma { rows: _ } => None,
         };
-        if direct.is_none() {
+        let units = match self.variant {
+            GemmVariant::Mma { rows: _ } => self.matrix_units(),
+            GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ }
+            | GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
+            | GemmVariant::Tiled => None,
+        };
+        if direct.is_none() && units.is_none() {
             constants.push(("COLS", Value::U32(self.cols as u32)));
             constants.push(("INPUT_STRIDE", Value::U32(self.input.stride(self.cols) as u32)));
         }
         let mut bindings = vec![
             PARAMS,
-            read("rows", if direct.is_some() { "array<vec4<u32>>" } else { "array<u32>" }),
+            read("rows", if direct.or(units.map(|_| 0)).is_some() { "array<vec4<u32>>" } else { "array<u32>" }),
             read("segment", "array<vec4<u32>>"),
             read("spans", "array<vec4<u32>>"),
             write("out", "array<f32>"),
         ];
         let mut fragments = vec![shader!("fragments/params.wgsl"), shader!("fragments/span.wgsl")];
-        fragments.extend(self.row_fragments(direct.is_some()));
+        if units.is_none() {
+            fragments.extend(self.row_fragments(direct.is_some()));
+        }
         match self.input {
             RowValues::Floats(_) => fragments.push(shader!("fragments/input_scale_none.wgsl")),
             RowValues::Codes { code: _, group, scales } => {
@@ -435,6 +529,21 @@ impl GroupedGemm {
                 tile_source(rows, TILE_ROWS, &mut constants, &mut bindings, &mut fragments);
                 fragments.push(shader!("grouped_gemm/tiled.wgsl"));
             }
+            (GemmVariant::Mma { rows }, source) => {
+                // A kernel that does not fit has no constants, and no compiler takes it: `lower` plans none.
+                let MatrixUnits { weights, input_f32, inputs_per_vec, sum_cols } = units.unwrap_or_default();
+                constants.push(("ROWS", Value::U32(rows as u32)));
+                constants.push(("WEIGHT_KIND", Value::U32(weights)));
+                constants.push(("INPUT_CODES", Value::Bool(inputs_per_vec == 16)));
+                constants.push(("INPUT_F32", Value::Bool(input_f32)));
+                constants.push(("INPUTS_PER_VEC", Value::U32(inputs_per_vec)));
+                constants.push(("SUM_COLS", Value::U32(sum_cols)));
+                constants.push(("WARPS_BY_COLUMNS", Value::U32(mma_warps_by_columns(rows) as u32)));
+                constants.push(("STORE_BF16", Value::Bool(self.stored == FloatType::Bf16)));
+                constants.push(("PAIR", Value::U32(self.pair as u32)));
+                tile_source(source, rows, &mut constants, &mut bindings, &mut fragments);
+                fragments.push(shader!("grouped_gemm/mma.cu"));
+            }
         }
         Source { constants, bindings, fragments: unique(fragments) }
     }
@@ -528,7 +637,8 @@ impl GroupedGemm {
             (
                 GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ }
                 | GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
-                | GemmVariant::Tiled,
+                | GemmVariant::Tiled
+                | GemmVariant::Mma { rows: _ },
                 RowSource::Direct { groups },
             ) => slots.extend((0..arguments.tokens()? * groups).map(|row| (row % groups) as i32)),
             (
@@ -539,7 +649,9 @@ impl GroupedGemm {
                 slots.extend(found.iter().map(|&slot| if slot < num_slots as i32 { slot } else { -1 }));
             }
             (
-                GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ } | GemmVariant::Tiled,
+                GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
+                | GemmVariant::Tiled
+                | GemmVariant::Mma { rows: _ },
                 RowSource::Routed { top_k: _, num_slots: _ },
             ) => {
                 let sorted_rows = arguments.read("sorted_rows")?;
@@ -555,7 +667,7 @@ impl GroupedGemm {
         }
         let layout = self.layout();
         let (features, feature_rows) = (self.features(), self.feature_rows());
-        let out: &mut [f32] = bytemuck::cast_slice_mut(arguments.write("out")?);
+        let out = arguments.write("out")?;
         let groups = spans.len() / SPAN_WORDS;
         sort_by_slot(slots, groups, starts, by_slot);
         let rows_of = |slot: usize| &by_slot[starts[slot]..starts[slot + 1]];
@@ -652,12 +764,21 @@ impl GroupedGemm {
         each_task(tasks, results, &compute);
         if self.fill_absent {
             for (row, slot) in slots.iter().enumerate().filter(|(_, slot)| **slot < 0) {
-                out[row * features..(row + 1) * features].fill(if *slot == -1 { 0.0 } else { f32::NAN });
+                let value: f32 = if *slot == -1 { 0.0 } else { f32::NAN };
+                out[row * features..(row + 1) * features].fill(value.to_bits());
             }
         }
         for &Task { slot, first, end, offset } in tasks.iter() {
             for (row, values) in rows_of(slot).iter().zip(results[offset..].chunks_exact(end - first)) {
-                out[row * features + first..row * features + end].copy_from_slice(values);
+                for (value, at) in values.iter().zip(row * features + first..) {
+                    match self.stored {
+                        FloatType::F32 | FloatType::F16 => out[at] = value.to_bits(),
+                        FloatType::Bf16 => {
+                            let (word, shift) = (&mut out[at / 2], 16 * (at % 2));
+                            *word = *word & !(0xffff << shift) | value.to_bits() >> 16 << shift;
+                        }
+                    }
+                }
             }
         }
         Ok(())

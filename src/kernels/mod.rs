@@ -256,13 +256,19 @@ pub enum Value {
     Bool(bool),
 }
 
-/// A piece of WGSL with the path it has under `shaders/`.
+/// A piece of WGSL or CUDA C++ with the path it has under `shaders/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fragment {
     /// Path under `shaders/`.
     pub path: &'static str,
     /// Text.
     pub text: &'static str,
+}
+
+impl Fragment {
+    fn is_cuda(&self) -> bool {
+        self.path.ends_with(".cu")
+    }
 }
 
 macro_rules! shader {
@@ -279,12 +285,14 @@ pub struct Source {
     pub constants: Vec<(&'static str, Value)>,
     /// Bindings, by number.
     pub bindings: Vec<Binding>,
-    /// Fragments that fill the kernel's slots, in order of use; the kernel itself comes last.
+    /// Fragments that fill the kernel's slots, in order of use; the kernel itself comes last. One in CUDA C++ calls
+    /// the fragments' functions; see the backend `cuda`.
     pub fragments: Vec<Fragment>,
 }
 
 impl Source {
-    /// The WGSL module: prelude of constants and bindings, fragments, kernel. Entry point `main`.
+    /// The WGSL module: prelude of constants and bindings, fragments, kernel. Entry point `main`, unless the kernel is in
+    /// CUDA C++.
     pub fn wgsl(&self) -> String {
         let mut text = String::new();
         for (name, value) in &self.constants {
@@ -303,15 +311,21 @@ impl Source {
             };
             let _ = writeln!(text, "@group(0) @binding({number}) var<{space}> {name}: {element};");
         }
-        for fragment in &self.fragments {
+        for fragment in self.fragments.iter().filter(|fragment| !fragment.is_cuda()) {
             let _ = write!(text, "\n// {}\n{}", fragment.path, fragment.text);
         }
         text
     }
 
+    /// The kernel's text, if it is in CUDA C++.
+    pub fn cuda(&self) -> Option<&'static str> {
+        self.fragments.last().filter(|fragment| fragment.is_cuda()).map(|fragment| fragment.text)
+    }
+
     /// Name of the kernel: path of its last fragment without the suffix.
     pub fn kernel(&self) -> &'static str {
-        self.fragments.last().map_or("", |fragment| fragment.path.trim_end_matches(".wgsl"))
+        let path = self.fragments.last().map_or("", |fragment| fragment.path);
+        path.trim_end_matches(".wgsl").trim_end_matches(".cu")
     }
 }
 

@@ -25,6 +25,8 @@ pub struct DeviceFacts {
     /// Whether the device has proved that it unpacks each binary16 exactly, subnormals and NaN included: what WGSL
     /// leaves to it.
     pub exact_halves: bool,
+    /// Whether warps multiply tiles of 16 x 8 x 16 on matrix units: CUDA.
+    pub matrix_units: bool,
 }
 
 /// What the caller chooses. Changes no result beyond the order of sums.
@@ -73,13 +75,13 @@ impl Cuts {
 pub enum Cut {
     /// One.
     Gemv,
-    /// Two.
+    /// Two; eight on matrix units.
     Pairs,
-    /// Four.
+    /// Four; sixteen on matrix units.
     Quads,
-    /// Eight.
+    /// Eight; thirty-two on matrix units.
     Octets,
-    /// Sixty-four, from a tile in workgroup memory.
+    /// Sixty-four, from a tile in workgroup memory or on matrix units.
     Tiles,
 }
 
@@ -89,24 +91,30 @@ impl Cut {
 
     /// Rows of a matrix, in the mean over all matrices, up to which it is chosen: beyond, what its tiles leave out
     /// costs more than what larger ones would compute for nothing. Measured on an H100 (benches/NOTES.md).
-    pub fn most_mean_rows(self) -> f64 {
-        match self {
-            Self::Gemv => 0.5,
-            Self::Pairs => 2.0,
-            Self::Quads => 8.0,
-            Self::Octets => 48.0,
-            Self::Tiles => f64::INFINITY,
+    pub fn most_mean_rows(self, matrix_units: bool) -> f64 {
+        match (self, matrix_units) {
+            (Self::Gemv, false) => 0.5,
+            (Self::Pairs, false) => 2.0,
+            (Self::Quads, false) => 8.0,
+            (Self::Octets, false) => 48.0,
+            (Self::Gemv, true) => 0.25,
+            (Self::Pairs, true) => 5.0,
+            (Self::Quads, true) => 11.0,
+            (Self::Octets, true) => 24.0,
+            (Self::Tiles, _) => f64::INFINITY,
         }
     }
 
     /// Most rows of a tile.
-    pub fn tile_rows(self) -> usize {
-        match self {
-            Self::Gemv => 1,
-            Self::Pairs => 2,
-            Self::Quads => 4,
-            Self::Octets => 8,
-            Self::Tiles => TILE_ROWS,
+    pub fn tile_rows(self, matrix_units: bool) -> usize {
+        match (self, matrix_units) {
+            (Self::Gemv, _) => 1,
+            (Self::Pairs, false) => 2,
+            (Self::Quads, false) => 4,
+            (Self::Octets, false) | (Self::Pairs, true) => 8,
+            (Self::Quads, true) => 16,
+            (Self::Octets, true) => 32,
+            (Self::Tiles, _) => TILE_ROWS,
         }
     }
 }

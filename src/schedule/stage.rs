@@ -203,7 +203,7 @@ impl List<'_> {
     }
 
     fn step(&mut self, name: &str, operation: Operation, grid: Grid) -> Result<()> {
-        let DeviceFacts { backend, max_binding_bytes, max_workgroups, exact_halves: _ } = *self.facts;
+        let DeviceFacts { backend, max_binding_bytes, max_workgroups, exact_halves: _, matrix_units: _ } = *self.facts;
         let mut buffers = vec![];
         for binding in operation.source().bindings {
             let at = self.buffers.iter().position(|buffer| buffer.name == binding.name);

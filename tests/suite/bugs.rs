@@ -377,8 +377,13 @@ fn bug_21_and_45_products_beyond_31_bits_stay_in_chunks() {
     let mut spec = deepseek_like();
     (spec.hidden_size, spec.num_experts, spec.top_k) = (7168, 256, 8);
     spec.experts.intermediate_size = 2048;
-    let facts =
-        DeviceFacts { backend: "test", max_binding_bytes: (2 << 30) - 4, max_workgroups: 65_535, exact_halves: false };
+    let facts = DeviceFacts {
+        backend: "test",
+        max_binding_bytes: (2 << 30) - 4,
+        max_workgroups: 65_535,
+        exact_halves: false,
+        matrix_units: false,
+    };
     let schedule = lower(&spec, moewe::Scope::Layer, 1 << 17, &facts, &TILED).unwrap();
     for buffer in schedule.buffers.iter().filter(|buffer| buffer.token_bytes.is_none()) {
         assert!(buffer.bytes < 1 << 31, "{}", buffer.name);
@@ -397,7 +402,13 @@ fn kimi_k2() -> MoeSpec {
 
 /// The packed weights of that layer, for a device with bindings of this size.
 fn kimi_k2_matrix(name: &str, max_binding_bytes: u64) -> PackedMatrix {
-    let facts = DeviceFacts { backend: "test", max_binding_bytes, max_workgroups: 65_535, exact_halves: false };
+    let facts = DeviceFacts {
+        backend: "test",
+        max_binding_bytes,
+        max_workgroups: 65_535,
+        exact_halves: false,
+        matrix_units: false,
+    };
     let schedule = lower(&kimi_k2(), moewe::Scope::Layer, 4096, &facts, &TILED).unwrap();
     schedule.matrices.into_iter().find(|matrix| matrix.name == name).unwrap()
 }

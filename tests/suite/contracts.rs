@@ -23,8 +23,13 @@ pub fn kernels() -> BTreeMap<String, Source> {
     for spec in specs(200).into_iter().chain(random) {
         for (at, base) in CUTS.into_iter().chain(CUTS).enumerate() {
             let (diagnostics, exact_halves) = (at % 2 == 1, at >= CUTS.len());
-            let facts =
-                DeviceFacts { backend: "text", max_binding_bytes: 128 << 20, max_workgroups: 65_535, exact_halves };
+            let facts = DeviceFacts {
+                backend: "text",
+                max_binding_bytes: 128 << 20,
+                max_workgroups: 65_535,
+                exact_halves,
+                matrix_units: false,
+            };
             let options = moewe::Options { diagnostics, ..base };
             let schedule = lower(&spec, Scope::Layer, 64, &facts, &options).unwrap();
             let steps = schedule.buckets.iter().flat_map(|bucket| &bucket.steps).map(|step| step.operation.clone());
@@ -144,8 +149,13 @@ fn every_kernel_keeps_to_the_portability_floor() {
 
 #[test]
 fn the_largest_router_keeps_to_the_floor_and_a_larger_one_is_refused_by_name() {
-    let facts =
-        DeviceFacts { backend: "text", max_binding_bytes: 128 << 20, max_workgroups: 65_535, exact_halves: false };
+    let facts = DeviceFacts {
+        backend: "text",
+        max_binding_bytes: 128 << 20,
+        max_workgroups: 65_535,
+        exact_halves: false,
+        matrix_units: false,
+    };
     let mut spec = crate::rig::deepseek_like();
     (spec.num_experts, spec.top_k) = (1024, 512);
     let mut lowered = |n_group| {
@@ -216,7 +226,7 @@ fn every_shader_file_is_part_of_some_kernel() {
         .values()
         .flat_map(|source| source.fragments.iter().map(|fragment| fragment.path.to_string()))
         .collect();
-    // What a device proves before layers are planned is of no layer.
-    let proofs = BTreeSet::from(["proof/halves.wgsl".to_string()]);
-    assert_eq!(on_disk, &used | &proofs);
+    // What a device proves before layers are planned is of no layer, and matrix units of warps are no matter of WGSL.
+    let others = BTreeSet::from(["proof/halves.wgsl".to_string(), "grouped_gemm/mma.cu".to_string()]);
+    assert_eq!(on_disk, &used | &others);
 }

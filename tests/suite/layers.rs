@@ -340,8 +340,13 @@ fn token_chunks_give_the_same_rows() {
     let (hidden_states, _) = layer.inputs(tokens, 8);
     let want = layer.reference(&hidden_states, None);
     // A binding of 70,000 bytes holds the expert rows of 145 tokens: chunks of 128.
-    let facts =
-        DeviceFacts { backend: "small", max_binding_bytes: 70_000, max_workgroups: 65_535, exact_halves: false };
+    let facts = DeviceFacts {
+        backend: "small",
+        max_binding_bytes: 70_000,
+        max_workgroups: 65_535,
+        exact_halves: false,
+        matrix_units: false,
+    };
     let cpu = layer.on_cpu(tokens, &AUTO, Some(facts));
     assert_eq!(cpu.plan().schedule().chunk_tokens, 128);
     let inputs = Inputs::of(&hidden_states);

@@ -52,6 +52,7 @@ fn weights_of_a_real_layer_are_cut_into_segments_of_any_size() {
             max_binding_bytes: bytes.max(128 << 20),
             max_workgroups: 65_535,
             exact_halves: false,
+            matrix_units: false,
         };
         let options = Options { segment_bytes: Some(bytes), ..AUTO };
         // A row of 7168 bf16 values has 14 KiB: four fit a segment of 64 KiB. One expert of such cuts is enough.
@@ -71,8 +72,13 @@ fn weights_of_a_real_layer_are_cut_into_segments_of_any_size() {
 #[test]
 fn rows_times_widths_beyond_31_bits_are_cut_into_chunks() {
     // 65,536 tokens * 8 slots * 2 * 2048 features are 2^31; their bytes are 2^33.
-    let facts =
-        DeviceFacts { backend: "test", max_binding_bytes: (2 << 30) - 4, max_workgroups: 65_535, exact_halves: false };
+    let facts = DeviceFacts {
+        backend: "test",
+        max_binding_bytes: (2 << 30) - 4,
+        max_workgroups: 65_535,
+        exact_halves: false,
+        matrix_units: false,
+    };
     let tokens = 1 << 16;
     let schedule = lower(&deepseek_v3(), Scope::Layer, tokens, &facts, &TILED).unwrap();
     assert!(tokens * 8 * 2 * 2048 >= 1 << 31 && schedule.chunk_tokens < tokens);
@@ -87,8 +93,13 @@ fn rows_times_widths_beyond_31_bits_are_cut_into_chunks() {
 
 #[test]
 fn what_no_cut_can_make_fit_is_refused_by_name() {
-    let facts =
-        DeviceFacts { backend: "test", max_binding_bytes: 1 << 20, max_workgroups: 65_535, exact_halves: false };
+    let facts = DeviceFacts {
+        backend: "test",
+        max_binding_bytes: 1 << 20,
+        max_workgroups: 65_535,
+        exact_halves: false,
+        matrix_units: false,
+    };
     let refusal = lower(&deepseek_v3(), Scope::Layer, 4096, &facts, &AUTO).unwrap_err().to_string();
     assert!(refusal.contains("test does not support") && refusal.contains("binding"), "{refusal}");
 }

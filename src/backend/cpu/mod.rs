@@ -28,6 +28,7 @@ impl Cpu {
                 max_binding_bytes: (1 << 31) - 4,
                 max_workgroups: 65_535,
                 exact_halves: false,
+                matrix_units: false,
             },
         }
     }

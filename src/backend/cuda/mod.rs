@@ -21,7 +21,10 @@ use crate::schedule::DeviceFacts;
 
 pub use compile::Compiler;
 use device::{Device, Function, Memory, Stream};
-use translate::{Translated, translate};
+use translate::{Translated, translate, translate_around};
+
+/// Threads of a block of the kernels in CUDA C++.
+pub const CUDA_THREADS: u32 = 128;
 
 /// A CUDA device. Clones share it and its compiled kernels.
 #[derive(Debug, Clone)]
@@ -157,11 +160,21 @@ impl Cuda {
     /// # Errors
     /// What the translator lacks, or what NVRTC says.
     pub fn kernel(&self, label: &str, wgsl: &str) -> Result<CudaKernel> {
+        self.cached(label, wgsl, || translate(wgsl))
+    }
+
+    /// The kernel that a text stands for, compiled once.
+    fn cached(
+        &self,
+        label: &str,
+        wgsl: &str,
+        translate: impl Fn() -> Result<Translated, String>,
+    ) -> Result<CudaKernel> {
         let known = self.kernels.lock().unwrap_or_else(PoisonError::into_inner).get(wgsl).cloned();
         if let Some(kernel) = known {
             return Ok(kernel);
         }
-        let Translated { text, threads, uniform, sized } = translate(wgsl).map_err(|reason| Error::Device {
+        let Translated { text, threads, uniform, sized } = translate().map_err(|reason| Error::Device {
             backend: "cuda",
             operation: format!("translating {label}"),
             reason,
@@ -253,6 +266,7 @@ impl Backend for Cuda {
             max_workgroups: 65_535,
             // `cvt.f32.f16` is exact; tests ask it for all codes.
             exact_halves: true,
+            matrix_units: true,
         }
     }
 
@@ -284,7 +298,11 @@ impl Backend for Cuda {
 
     fn compile(&self, name: &str, operation: &Operation) -> Result<CudaKernel> {
         let source = operation.source();
-        self.kernel(&format!("{} for {name}", source.kernel()), &source.wgsl())
+        let (label, wgsl) = (format!("{} for {name}", source.kernel()), source.wgsl());
+        match source.cuda() {
+            None => self.kernel(&label, &wgsl),
+            Some(text) => self.cached(&label, &wgsl, || translate_around(&wgsl, text, CUDA_THREADS)),
+        }
     }
 
     fn bind(&self, kernel: &CudaKernel, slices: &[BufferSlice<'_, Self>]) -> Result<CudaBinding> {

@@ -50,11 +50,27 @@ static __device__ __forceinline__ float2 unpack2x16float(unsigned word) {
 /// # Errors
 /// What naga says of a module that is not valid; or what this translator lacks.
 pub fn translate(wgsl: &str) -> Result<Translated, String> {
+    let (module, info) = parse(wgsl)?;
+    Writer { module: &module, info: &info, text: PRELUDE.into() }.kernel()
+}
+
+/// Puts a kernel in CUDA C++ behind the functions of a module without entry point, so that it can call them: by their
+/// own names, without the buffers that they read. It finds the module's constants and structures too, and begins with
+/// `KERNEL { WAIT; ...`.
+///
+/// # Errors
+/// As [`translate`].
+pub fn translate_around(wgsl: &str, kernel: &str, threads: u32) -> Result<Translated, String> {
+    let (module, info) = parse(wgsl)?;
+    Writer { module: &module, info: &info, text: PRELUDE.into() }.around(kernel, threads)
+}
+
+fn parse(wgsl: &str) -> Result<(Module, ModuleInfo), String> {
     let module = naga::front::wgsl::parse_str(wgsl).map_err(|error| error.emit_to_string(wgsl))?;
     let info = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32)
         .validate(&module)
         .map_err(|error| error.emit_to_string(wgsl))?;
-    Writer { module: &module, info: &info, text: PRELUDE.into() }.write()
+    Ok((module, info))
 }
 
 const AXES: [&str; 4] = ["x", "y", "z", "w"];
@@ -66,10 +82,8 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    fn write(mut self) -> Result<Translated, String> {
-        let [entry] = &self.module.entry_points[..] else {
-            return Err(format!("{} entry points, expected one", self.module.entry_points.len()));
-        };
+    /// Types, variables that a block shares, and functions.
+    fn declarations(&mut self) -> Result<(), String> {
         for (handle, ty) in self.module.types.iter() {
             self.define(handle, ty)?;
         }
@@ -87,26 +101,75 @@ impl Writer<'_> {
             let text = self.function(handle, function)?;
             self.text.push_str(&text);
         }
-        let info = self.info.get_entry_point(0);
-        let mut body = Body::new(&self, &entry.function, info);
-        let mut arguments = vec![];
-        let mut sized = vec![];
-        let uniform = self.bindings().iter().position(|(_, global)| global.space == AddressSpace::Uniform);
-        for (handle, global) in self.bindings() {
-            arguments.push(format!("{} {}", self.pointer_type(global)?, self.global_name(handle)));
-            if info[handle].contains(naga::valid::GlobalUse::QUERY) {
-                sized.push(handle);
-            }
-        }
-        // A kernel may be launched while the one before it ends: it waits here, then lets the next one come. Its
-        // pointers pass through the wait, or the compiler could read ahead of it.
+        Ok(())
+    }
+
+    /// The pointers by which a kernel is given its buffers.
+    fn pointers(&self) -> Result<Vec<String>, String> {
+        let pointer =
+            |(handle, global): (_, _)| Ok(format!("{} {}", self.pointer_type(global)?, self.global_name(handle)));
+        self.bindings().into_iter().map(pointer).collect()
+    }
+
+    fn uniform(&self) -> Option<usize> {
+        self.bindings().iter().position(|(_, global)| global.space == AddressSpace::Uniform)
+    }
+
+    /// A kernel may be launched while the one before it ends: it waits, then lets the next one come. Its pointers pass
+    /// through the wait, or the compiler could read ahead of it.
+    fn wait(&self) -> String {
         let pointers = self.bindings().into_iter().map(|(handle, _)| format!("\"+l\"({})", self.global_name(handle)));
         let pointers = pointers.collect::<Vec<_>>().join(", ");
+        format!(
+            "asm volatile(\"griddepcontrol.wait;\" : {pointers} :: \"memory\"); \
+             asm volatile(\"griddepcontrol.launch_dependents;\")"
+        )
+    }
+
+    fn around(mut self, kernel: &str, threads: u32) -> Result<Translated, String> {
+        if !self.module.entry_points.is_empty() {
+            return Err("an entry point beside that in CUDA C++".into());
+        }
+        self.declarations()?;
+        for (handle, constant) in self.module.constants.iter() {
+            if let (Some(name), TypeInner::Scalar(_)) = (&constant.name, &self.module.types[constant.ty].inner) {
+                let value = self.constant(handle)?;
+                let _ = writeln!(self.text, "#define {name} {value}");
+            }
+        }
+        for (handle, function) in self.module.functions.iter() {
+            let own: Vec<_> = (0..function.arguments.len()).map(|at| format!("a{at}")).collect();
+            let given = self.bindings().into_iter().filter(|(global, _)| !self.info[handle][*global].is_empty());
+            let all = own.iter().cloned().chain(given.map(|(global, _)| self.global_name(global)));
+            let (own, all) = (own.join(", "), all.collect::<Vec<_>>().join(", "));
+            if let Some(name) = &function.name {
+                let _ = writeln!(self.text, "#define {name}({own}) {}({all})", self.function_name(handle));
+            }
+        }
+        let (arguments, uniform) = (self.pointers()?.join(", "), self.uniform());
         let _ = write!(
-            body.text,
-            "#if __CUDA_ARCH__ >= 900\n    asm volatile(\"griddepcontrol.wait;\" : {pointers} :: \"memory\");\n    \
-             asm volatile(\"griddepcontrol.launch_dependents;\");\n#endif\n"
+            self.text,
+            "#if __CUDA_ARCH__ >= 900\n#define WAIT {}\n#else\n#define WAIT\n#endif\n\
+             #define KERNEL extern \"C\" __global__ void __launch_bounds__({threads}) {ENTRY}({arguments})\n{kernel}",
+            self.wait()
         );
+        Ok(Translated { text: self.text, threads: [threads, 1, 1], uniform, sized: vec![] })
+    }
+
+    fn kernel(mut self) -> Result<Translated, String> {
+        let [entry] = &self.module.entry_points[..] else {
+            return Err(format!("{} entry points, expected one", self.module.entry_points.len()));
+        };
+        self.declarations()?;
+        let info = self.info.get_entry_point(0);
+        let mut body = Body::new(&self, &entry.function, info);
+        let _ = writeln!(body.text, "#if __CUDA_ARCH__ >= 900\n    {};\n#endif", self.wait());
+        let uniform = self.uniform();
+        let mut arguments = self.pointers()?;
+        let queried = |(handle, _): &(Handle<GlobalVariable>, &GlobalVariable)| {
+            info[*handle].contains(naga::valid::GlobalUse::QUERY)
+        };
+        let sized: Vec<_> = self.bindings().into_iter().filter(queried).map(|(handle, _)| handle).collect();
         arguments.extend(sized.iter().map(|&handle| format!("unsigned long long {}_bytes", self.global_name(handle))));
         let number = |handle: &Handle<GlobalVariable>| {
             let binding = self.module.global_variables[*handle].binding;
@@ -176,9 +239,9 @@ impl Writer<'_> {
         let number = handle.index();
         match &ty.inner {
             TypeInner::Struct { members, span: _ } => {
-                let mut text = format!("struct Struct_{number} {{");
+                let mut text = format!("struct {} {{", self.type_name(handle)?);
                 for (at, member) in members.iter().enumerate() {
-                    let _ = write!(text, " {} member_{at};", self.type_name(member.ty)?);
+                    let _ = write!(text, " {} {};", self.type_name(member.ty)?, member_name(member, at));
                 }
                 let _ = writeln!(self.text, "{text} }};");
             }
@@ -192,7 +255,10 @@ impl Writer<'_> {
 
     fn type_name(&self, handle: Handle<Type>) -> Result<String, String> {
         match &self.module.types[handle].inner {
-            TypeInner::Struct { .. } => Ok(format!("Struct_{}", handle.index())),
+            TypeInner::Struct { .. } => {
+                let ty = &self.module.types[handle];
+                Ok(ty.name.clone().unwrap_or_else(|| format!("Struct_{}", handle.index())))
+            }
             TypeInner::Array { size: ArraySize::Constant(_), .. } => Ok(format!("Array_{}", handle.index())),
             TypeInner::Pointer { base, space: _ } => Ok(format!("{}*", self.type_name(*base)?)),
             inner => inner_name(inner),
@@ -207,8 +273,9 @@ impl Writer<'_> {
     }
 
     fn global_name(&self, handle: Handle<GlobalVariable>) -> String {
-        let name = self.module.global_variables[handle].name.as_deref().unwrap_or("global");
-        format!("{name}_{}", handle.index())
+        let name = self.module.global_variables[handle].name.as_deref();
+        // What a kernel in CUDA C++ calls by its own name is a pointer; the rest cannot meet another name.
+        format!("{}_", name.map_or_else(|| format!("global_{}", handle.index()), str::to_owned))
     }
 
     /// Type of the pointer to a buffer; to its first element, where it is an array of any length.
@@ -292,6 +359,10 @@ impl Writer<'_> {
             inner => Err(format!("a value of {inner:?} of parts")),
         }
     }
+}
+
+fn member_name(member: &naga::StructMember, at: usize) -> String {
+    member.name.clone().unwrap_or_else(|| format!("member_{at}"))
 }
 
 fn scalar_name(scalar: Scalar) -> Result<&'static str, String> {
@@ -540,7 +611,10 @@ impl<'a> Body<'a> {
         match ty {
             TypeInner::Array { size: ArraySize::Dynamic, .. } => Ok(format!("{of}[{index}]")),
             TypeInner::Array { .. } => Ok(format!("{of}.at[{index}]")),
-            TypeInner::Struct { .. } => Ok(format!("{of}.member_{index}")),
+            TypeInner::Struct { members, span: _ } => {
+                let member = members.get(index).ok_or("a structure without this member")?;
+                Ok(format!("{of}.{}", member_name(member, index)))
+            }
             TypeInner::Vector { .. } => Ok(format!("{of}.{}", AXES[index.min(3)])),
             other => Err(format!("a part of {other:?}")),
         }

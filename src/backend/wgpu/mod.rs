@@ -163,6 +163,7 @@ impl Backend for Wgpu {
             max_binding_bytes: self.max_binding_bytes,
             max_workgroups: self.device.limits().max_compute_workgroups_per_dimension,
             exact_halves: self.proofs().exact_halves,
+            matrix_units: false,
         }
     }
 

@@ -55,7 +55,8 @@ impl Lowering<'_> {
         };
         let rows = self.schedule.chunk_tokens * top_k;
         let sorted_rows = self.scratch("sorted_rows", top_k);
-        let permute = |cut: Cut| Permute { num_slots, top_k, tile_rows: cut.tile_rows() };
+        let units = self.units;
+        let permute = |cut: Cut| Permute { num_slots, top_k, tile_rows: cut.tile_rows(units) };
         let cuts = Cut::ALL.into_iter().filter(|&cut| cut != Cut::Gemv);
         let largest = |cut| permute(cut).max_tiles(self.most_tokens(cut).saturating_mul(top_k).min(rows));
         let most = cuts.clone().map(largest).max().unwrap_or(0);
@@ -400,7 +401,7 @@ impl Lowering<'_> {
                 (Epilogue::Activation(activated), self.scratch(scratch.hidden, rows_per_token * intermediate_size))
             }
         };
-        let gemm = Gemm {
+        let mut gemm = Gemm {
             name: names[0],
             part,
             rows,
@@ -410,10 +411,39 @@ impl Lowering<'_> {
             placed: gate_up,
             delta: adapters.map(|adapters| adapters.delta),
             adapter: false,
+            narrow: Narrow::Neither,
             epilogue,
             out: hidden,
             others: others.iter().copied().chain(delta.map(|delta| ("delta", delta))).collect(),
         };
+        let mut second = Gemm {
+            name: names[1],
+            part,
+            rows,
+            input: Rows::floats(hidden, FloatType::F32),
+            input_divisor: 1,
+            weigh_input: None,
+            placed: down,
+            delta: None,
+            adapter: false,
+            narrow: Narrow::Neither,
+            epilogue: Epilogue::Sums,
+            out,
+            others: others.to_vec(),
+        };
+        let rounded = match self.spec.precision.activation {
+            ActivationRounding::F32 => false,
+            ActivationRounding::Fused | ActivationRounding::Torch => self.spec.precision.model == FloatType::Bf16,
+        };
+        let read_by_others = activation_quant.is_on() || adapters.is_some() || self.counters.is_some();
+        let fits = |gemm: &Gemm, input| self.facts.matrix_units && self.kernel(gemm, input).matrix_units().is_some();
+        if rounded
+            && !read_by_others
+            && fits(&gemm, gemm.input.values)
+            && fits(&second, RowValues::Floats(FloatType::Bf16))
+        {
+            (gemm.narrow, second.narrow) = (Narrow::Out, Narrow::Rows);
+        }
         self.drafts.push(Draft::Gemm(gemm.clone()));
         if self.counters.is_some() && clamps(activation) {
             // Sums that the layer itself has only in registers are computed once more.
@@ -450,7 +480,7 @@ impl Lowering<'_> {
             let names = ["lora.down_a", "lora.down_b"];
             delta = Some(self.adapter(adapters, names, first, [intermediate_size, width], 1, whole)?);
         }
-        let second = match activation_quant.is_on() {
+        second.input = match activation_quant.is_on() {
             false => Rows::floats(hidden, FloatType::F32),
             true => {
                 let source = match fused {
@@ -461,26 +491,15 @@ impl Lowering<'_> {
                 self.quantize(&quantizer, names, (source, hidden), intermediate_size, tables[1].1, others)?
             }
         };
-        if let (true, RowValues::Codes { code, group: _, scales: _ }) = (self.counters.is_some(), second.values) {
+        if let (true, RowValues::Codes { code, group: _, scales: _ }) = (self.counters.is_some(), second.input.values) {
             let mut buffers = others.to_vec();
-            buffers.push(("rows", second.buffer));
+            buffers.push(("rows", second.input.buffer));
             let size = [rows_per_token, intermediate_size];
             self.diagnose(part, Counted::SaturatedCodes(code), size, matrices, slot + 3, &buffers)?;
         }
-        self.drafts.push(Draft::Gemm(Gemm {
-            name: names[1],
-            part,
-            rows,
-            input: second,
-            input_divisor: 1,
-            weigh_input: None,
-            placed: down,
-            delta: adapters.map(|adapters| adapters.delta),
-            adapter: false,
-            epilogue: Epilogue::Sums,
-            out,
-            others: others.iter().copied().chain(delta.map(|delta| ("delta", delta))).collect(),
-        }));
+        second.delta = adapters.map(|adapters| adapters.delta);
+        second.others.extend(delta.map(|delta| ("delta", delta)));
+        self.drafts.push(Draft::Gemm(second));
         Ok(out)
     }
 
@@ -514,6 +533,7 @@ impl Lowering<'_> {
             placed,
             delta: None,
             adapter: true,
+            narrow: Narrow::Neither,
             epilogue: Epilogue::Sums,
             out: inner,
             others,

@@ -15,7 +15,7 @@ use super::{
 use crate::error::{Error, Result, Unsupported};
 use crate::kernels::combine::{Routed, SharedFactor, SharedRows};
 use crate::kernels::diagnose::clamps;
-use crate::kernels::grouped_gemm::{TILE_COLS, TILE_ROWS};
+use crate::kernels::grouped_gemm::{TILE_COLS, TILE_ROWS, mma_matrix_rows};
 use crate::kernels::pack::{PackedMatrix, SPAN_WORDS};
 use crate::kernels::quantize::AMAX_PARTS;
 use crate::kernels::{
@@ -24,10 +24,10 @@ use crate::kernels::{
     ScaleLayout, TopkRouting, ValueSource,
 };
 use crate::spec::{
-    ActivationCode, ActivationQuant, ActivationScale, CombineRounding, Entry, ExpertInput, ExpertMlp, FloatType,
-    Latent, LatentNorm, LogitTransform, Lora, LoraDelta, MoeSpec, OutputNorm, Placement, Precision, Rounding, Router,
-    RouterInput, Routing, RoutingMethod, ScaleSpan, SharedCombination, SharedExperts, SharedGate, TensorShard,
-    WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
+    ActivationCode, ActivationQuant, ActivationRounding, ActivationScale, CombineRounding, Entry, ExpertInput,
+    ExpertMlp, FloatType, Latent, LatentNorm, LogitTransform, Lora, LoraDelta, MoeSpec, OutputNorm, Placement,
+    Precision, Rounding, Router, RouterInput, Routing, RoutingMethod, ScaleSpan, SharedCombination, SharedExperts,
+    SharedGate, TensorShard, WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
 };
 use crate::support::{self, Scope, refuse};
 use crate::weights::{Blocks, Parts};
@@ -70,7 +70,13 @@ pub fn lower(
         Entry::Batched { capacity } => max_tokens.min(spec.num_slots() * capacity),
     };
     supported(spec, scope, facts.backend)?;
-    let mut lowering = Lowering::new(spec, scope, max_tokens, facts, options)?;
+    let mut lowering = Lowering::new(spec, scope, max_tokens, facts, options, facts.matrix_units)?;
+    lowering.draft()?;
+    if lowering.units && !lowering.fits_units() {
+        // The tiles are those of one kernel.
+        lowering = Lowering::new(spec, scope, max_tokens, facts, options, false)?;
+        lowering.draft()?;
+    }
     lowering.buckets()?;
     Ok(lowering.schedule)
 }
@@ -185,6 +191,8 @@ struct Lowering<'a> {
     spec: &'a MoeSpec,
     facts: &'a DeviceFacts,
     options: &'a Options,
+    /// Whether the routed experts' tiles are those of matrix units.
+    units: bool,
     schedule: Schedule,
     params: usize,
     drafts: Vec<Draft>,
@@ -192,6 +200,17 @@ struct Lowering<'a> {
     quantized: Vec<(ActivationQuant, usize, Rows)>,
     /// The buffer of counters, if anything is counted.
     counters: Option<usize>,
+}
+
+/// Which rows of a GEMM are f32 that the spec rounds to bf16, and which matrix units therefore keep as bf16.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Narrow {
+    /// None.
+    Neither,
+    /// Those that it writes.
+    Out,
+    /// Those that it reads.
+    Rows,
 }
 
 /// A step before a bucket picks its kernel.
@@ -220,6 +239,7 @@ struct Gemm {
     delta: Option<LoraDelta>,
     /// An adapter's: matrix-vector products in every bucket, which leave zeros where there is none.
     adapter: bool,
+    narrow: Narrow,
     epilogue: Epilogue,
     out: usize,
     /// Buffers of the bindings that only some GEMMs have.
@@ -265,6 +285,7 @@ impl<'a> Lowering<'a> {
         max_tokens: usize,
         facts: &'a DeviceFacts,
         options: &'a Options,
+        units: bool,
     ) -> Result<Self> {
         let chunk_tokens = chunk_tokens(spec, scope, max_tokens, facts, options)?;
         let schedule = Schedule {
@@ -280,8 +301,17 @@ impl<'a> Lowering<'a> {
             buckets: vec![],
             decisions: vec![],
         };
-        let mut lowering =
-            Self { spec, facts, options, schedule, params: 0, drafts: vec![], quantized: vec![], counters: None };
+        let mut lowering = Self {
+            spec,
+            facts,
+            options,
+            units,
+            schedule,
+            params: 0,
+            drafts: vec![],
+            quantized: vec![],
+            counters: None,
+        };
         lowering.params = lowering.buffer("params", Contents::Params, 16);
         Ok(lowering)
     }
@@ -361,6 +391,7 @@ impl<'a> Lowering<'a> {
             placed,
             delta: None,
             adapter: false,
+            narrow: Narrow::Neither,
             epilogue,
             out,
             others,
@@ -446,7 +477,21 @@ impl<'a> Lowering<'a> {
         Ok(Step { name, part, operation, buffers, grid })
     }
 
-    fn buckets(&mut self) -> Result<()> {
+    /// Whether all of the routed experts' GEMMs, but for adapters', can be on matrix units.
+    fn fits_units(&self) -> bool {
+        self.drafts.iter().all(|draft| match draft {
+            Draft::Gemm(gemm) => match gemm.rows {
+                RowSource::Direct { groups: _ } => true,
+                RowSource::Routed { top_k: _, num_slots: _ } => {
+                    gemm.adapter || self.kernel(gemm, gemm.input.values).matrix_units().is_some()
+                }
+            },
+            Draft::Step(_) | Draft::Permute(_) | Draft::ByBucket(_) => true,
+        })
+    }
+
+    /// Buffers, matrices and steps, but for what a bucket chooses.
+    fn draft(&mut self) -> Result<()> {
         let hidden_size = self.spec.hidden_size;
         let input = self.spec.precision.input;
         let hidden_states = self.token_buffer("hidden_states", Contents::HiddenStates, hidden_size * input.bytes());
@@ -472,6 +517,10 @@ impl<'a> Lowering<'a> {
                 self.layer(hidden_states, &routed)?;
             }
         }
+        Ok(())
+    }
+
+    fn buckets(&mut self) -> Result<()> {
         let chunk = self.schedule.chunk_tokens;
         let mut covered = 0;
         for cut in Cut::ALL {
@@ -480,20 +529,27 @@ impl<'a> Lowering<'a> {
                 continue;
             }
             covered = tokens;
-            let choice = match cut {
-                Cut::Gemv => "a row at a time",
-                Cut::Pairs => "two rows at a time",
-                Cut::Quads => "four rows at a time",
-                Cut::Octets => "eight rows at a time",
-                Cut::Tiles => "tiles of 64 rows",
+            let choice = match (cut, self.units) {
+                (Cut::Gemv, _) => "a row at a time",
+                (Cut::Pairs, false) => "two rows at a time",
+                (Cut::Quads, false) => "four rows at a time",
+                (Cut::Octets, false) => "eight rows at a time",
+                (Cut::Tiles, false) => "tiles of 64 rows",
+                (Cut::Pairs, true) => "eight rows at a time on matrix units",
+                (Cut::Quads, true) => "sixteen rows at a time on matrix units",
+                (Cut::Octets, true) => "32 rows at a time on matrix units",
+                (Cut::Tiles, true) => "64 rows at a time on matrix units",
             };
-            let because = match (self.options.cuts, cut) {
-                (Cuts::UpTo(_), _) => "options.cuts says so",
-                (Cuts::ByMeanRows, Cut::Gemv) => "in small calls few matrices have more than one row",
-                (Cuts::ByMeanRows, Cut::Pairs) => "up to 2 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Quads) => "up to 8 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Octets) => "up to 48 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Tiles) => "in large calls the rows of a matrix fill them",
+            let because = match (self.options.cuts, cut, self.units) {
+                (Cuts::UpTo(_), _, _) => "options.cuts says so",
+                (Cuts::ByMeanRows, Cut::Gemv, _) => "in small calls few matrices have more than one row",
+                (Cuts::ByMeanRows, Cut::Pairs, false) => "up to 2 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Quads, false) => "up to 8 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Octets, false) => "up to 48 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Pairs, true) => "up to 5 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Quads, true) => "up to 11 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Octets, true) => "up to 24 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Tiles, _) => "in large calls the rows of a matrix fill them",
             };
             self.decide("grouped_gemm", choice, because);
             let mut steps = vec![];
@@ -527,14 +583,15 @@ impl<'a> Lowering<'a> {
             Cut::Gemv => workgroups / rows_per_token,
             // Or a tile, which need not be full.
             Cut::Pairs | Cut::Quads | Cut::Octets => {
-                workgroups.saturating_sub(self.spec.num_slots()) * cut.tile_rows() / rows_per_token
+                workgroups.saturating_sub(self.spec.num_slots()) * cut.tile_rows(self.units) / rows_per_token
             }
             // Chunks are cut for these.
             Cut::Tiles => usize::MAX,
         };
         let wanted = match self.options.cuts {
             Cuts::ByMeanRows => {
-                (cut.most_mean_rows() * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64) as usize
+                (cut.most_mean_rows(self.units) * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64)
+                    as usize
             }
             Cuts::UpTo(tokens) => {
                 Cut::ALL.into_iter().zip(tokens).find(|(of, _)| *of == cut).map_or(usize::MAX, |(_, tokens)| tokens)
@@ -569,22 +626,32 @@ impl<'a> Lowering<'a> {
         }
     }
 
+    /// The kernel of a draft, not yet cut.
+    fn kernel(&self, gemm: &Gemm, input: RowValues) -> GroupedGemm {
+        let matrix = &self.schedule.matrices[gemm.placed.matrix];
+        GroupedGemm {
+            rows: gemm.rows,
+            variant: GemmVariant::Tiled,
+            input,
+            input_divisor: gemm.input_divisor,
+            weigh_input: gemm.weigh_input,
+            matrix_rows: matrix.rows,
+            cols: matrix.cols,
+            parts: matrix.parts,
+            pair: matrix.pair,
+            bias: matrix.bias,
+            delta: gemm.delta,
+            fill_absent: gemm.adapter,
+            epilogue: gemm.epilogue,
+            stored: FloatType::F32,
+            model: self.spec.precision.model,
+            exact_halves: self.facts.exact_halves,
+        }
+    }
+
     /// One step for each segment.
     fn gemm(&self, steps: &mut Vec<Step>, gemm: &Gemm, cut: Cut) -> Result<()> {
-        let Gemm {
-            name,
-            part,
-            rows,
-            input,
-            input_divisor,
-            weigh_input,
-            ref placed,
-            delta,
-            adapter,
-            epilogue,
-            out,
-            ref others,
-        } = *gemm;
+        let Gemm { name, part, rows, input, input_divisor, ref placed, adapter, out, ref others, .. } = *gemm;
         let matrix = &self.schedule.matrices[placed.matrix];
         let limit = self.facts.max_workgroups as usize;
         let values = match (input.values, cut) {
@@ -595,27 +662,26 @@ impl<'a> Lowering<'a> {
             }
             (values, _) => values,
         };
-        let kernel = GroupedGemm {
-            rows,
-            variant: GemmVariant::Tiled,
-            input: values,
-            input_divisor,
-            weigh_input,
-            matrix_rows: matrix.rows,
-            cols: matrix.cols,
-            parts: matrix.parts,
-            pair: matrix.pair,
-            bias: matrix.bias,
-            delta,
-            fill_absent: adapter,
-            epilogue,
-            model: self.spec.precision.model,
-            exact_halves: self.facts.exact_halves,
+        let mut kernel = self.kernel(gemm, values);
+        let units = match rows {
+            // Logits decide, and keep all the bits of f32 rows.
+            RowSource::Direct { groups: _ } => self.facts.matrix_units && part == Part::Experts,
+            RowSource::Routed { top_k: _, num_slots: _ } => self.units && !adapter,
         };
+        let units = units && cut != Cut::Gemv && kernel.matrix_units().is_some();
+        match gemm.narrow {
+            Narrow::Out if units => kernel.stored = FloatType::Bf16,
+            Narrow::Rows if units => kernel.input = RowValues::Floats(FloatType::Bf16),
+            Narrow::Neither | Narrow::Out | Narrow::Rows => {}
+        }
         for (segment, &(codes, spans)) in placed.buffers.iter().enumerate() {
             let span_rows = matrix.max_span_rows(segment);
             let by_row = |lanes: u32| GEMV_WORKGROUP / lanes * GEMV_ROWS_PER_LANE;
             let (variant, tile_cols) = match cut {
+                Cut::Gemv | Cut::Pairs | Cut::Quads | Cut::Octets | Cut::Tiles if units => {
+                    let rows = cut.tile_rows(true);
+                    (GemmVariant::Mma { rows }, mma_matrix_rows(rows))
+                }
                 Cut::Gemv => {
                     let most = if matrix.rows < FEW_MATRIX_ROWS { GEMV_WORKGROUP } else { GEMV_LANES };
                     let lanes = lanes(kernel.vecs_per_row(), most);
@@ -623,7 +689,7 @@ impl<'a> Lowering<'a> {
                     (GemmVariant::Gemv { workgroup_size: GEMV_WORKGROUP, lanes, tile_rows }, tile_rows as usize)
                 }
                 Cut::Pairs | Cut::Quads | Cut::Octets => {
-                    let rows = cut.tile_rows();
+                    let rows = cut.tile_rows(false);
                     let most = if matrix.rows < FEW_MATRIX_ROWS { 4 * ROWS_LANES } else { ROWS_LANES };
                     let lanes = lanes(kernel.staged_vecs(rows), most);
                     let tile_rows = by_row(lanes);

@@ -54,7 +54,13 @@ fn reachable(facts: &DeviceFacts) -> BTreeSet<Piece> {
 }
 
 fn floor() -> DeviceFacts {
-    DeviceFacts { backend: "text", max_binding_bytes: 128 << 20, max_workgroups: 65_535, exact_halves: false }
+    DeviceFacts {
+        backend: "text",
+        max_binding_bytes: 128 << 20,
+        max_workgroups: 65_535,
+        exact_halves: false,
+        matrix_units: false,
+    }
 }
 
 #[test]

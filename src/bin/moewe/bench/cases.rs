@@ -2,9 +2,10 @@
 
 use moewe::MoeSpec;
 use moewe::spec::{
-    Activation, ActivationQuant, ActivationScale, ChosenScore, CommonTerms, Denominator, Entry, ExpertInput, ExpertMlp,
-    FloatType, GateUpLayout, GroupScore, Groups, LogitTransform, NanPolicy, Orientation, Placement, Precision, Router,
-    Routing, RoutingMethod, ScaleFormat, Score, SelectionKey, TensorShard, WeightFormat, WeightPosition,
+    Activation, ActivationQuant, ActivationRounding, ActivationScale, ChosenScore, CommonTerms, Denominator, Entry,
+    ExpertInput, ExpertMlp, FloatType, GateUpLayout, GroupScore, Groups, LogitTransform, NanPolicy, Orientation,
+    Placement, Precision, Router, Routing, RoutingMethod, ScaleFormat, Score, SelectionKey, TensorShard, WeightFormat,
+    WeightPosition,
 };
 use moewe::weights::{Blocks, PackedScale, Parts};
 
@@ -104,6 +105,9 @@ impl Spec {
     fn scaled(self, scale: f64) -> MoeSpec {
         let [num_experts, top_k, hidden_size, intermediate_size] = self.sizes;
         let wanted = (scale * num_experts as f64).round() as usize;
+        // What the second GEMM reads is rounded once, as in the engines that are compared.
+        let mut precision = Precision::float32(FloatType::Bf16, FloatType::Bf16);
+        (precision.model, precision.activation) = (FloatType::Bf16, ActivationRounding::Fused);
         MoeSpec {
             hidden_size,
             num_experts: wanted.max(2 * top_k).next_multiple_of(2 * self.n_group),
@@ -139,7 +143,7 @@ impl Spec {
             shard: TensorShard::Whole,
             common_terms: CommonTerms::Here,
             entry: Entry::TokenMajor,
-            precision: Precision::float32(FloatType::Bf16, FloatType::Bf16),
+            precision,
         }
     }
 }
