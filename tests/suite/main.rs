@@ -4,6 +4,7 @@
 mod ablation;
 mod binding;
 mod bugs;
+mod compiling;
 mod configs;
 mod conformance;
 mod contracts;

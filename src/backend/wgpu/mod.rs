@@ -73,6 +73,11 @@ impl Wgpu {
         Self { checked: true, kernels: Arc::default(), ..self.clone() }
     }
 
+    /// Whether every kernel has them.
+    pub fn has_runtime_checks(&self) -> bool {
+        self.checked
+    }
+
     /// The device.
     pub fn device(&self) -> &wgpu::Device {
         &self.device

@@ -23,13 +23,21 @@ pub enum BackendName {
     Cuda,
 }
 
-/// What the tool leaves unused of a device, to show that less is enough. Changes no result.
+/// How the tool drives a device, other than at its best: to show that less is enough, or to search for a fault. Changes
+/// no result.
 #[derive(Debug, Clone, Copy)]
 pub struct Constraints {
     /// Ask an adapter for WebGPU's default limits and no features.
     pub portable: bool,
     /// Bound on one weight buffer.
     pub segment_bytes: Option<u64>,
+    /// Keep wgpu's run-time checks in every kernel.
+    pub checked: bool,
+}
+
+impl Constraints {
+    /// None.
+    pub const NONE: Self = Self { portable: false, segment_bytes: None, checked: false };
 }
 
 /// What runs.
@@ -85,6 +93,9 @@ pub fn choose(backend: BackendName, adapter: Option<&str>, constraints: Constrai
     }
     if let (BackendName::Reference | BackendName::Cpu | BackendName::Cuda, true) = (backend, constraints.portable) {
         choice.warnings.push(format!("--portable has no effect: backend {} has no adapters", choice.backend));
+    }
+    if constraints.checked && choice.engine.is_ok() && choice.backend != "wgpu" {
+        choice.warnings.push(format!("--checked has no effect: backend {} has no modules of wgpu's", choice.backend));
     }
     choice
 }
@@ -169,9 +180,9 @@ mod adapters {
             true => Err("computes on the CPU; --backend wgpu would take it".into()),
             false => Ok(()),
         };
-        let Opened { chosen, passed_over, failure: _ } = first(&host::adapters(), &wanted, constraints);
+        let Opened { chosen, passed_over, failure: _, warnings } = first(&host::adapters(), &wanted, constraints);
         match chosen {
-            Some((adapter, engine)) => on(adapter, engine, passed_over),
+            Some((adapter, engine)) => Choice { warnings, ..on(adapter, engine, passed_over) },
             None => on_cpu(passed_over, constraints),
         }
     }
@@ -182,9 +193,9 @@ mod adapters {
             Some(part) if !adapter.matches(part) => Err(format!("does not match --adapter {part}")),
             Some(_) | None => Ok(()),
         };
-        let Opened { chosen, passed_over, failure } = first(&host::adapters(), &wanted, constraints);
+        let Opened { chosen, passed_over, failure, warnings } = first(&host::adapters(), &wanted, constraints);
         if let Some((adapter, engine)) = chosen {
-            return on(adapter, engine, passed_over);
+            return Choice { warnings, ..on(adapter, engine, passed_over) };
         }
         let names: Vec<&str> = passed_over.iter().map(|passed| passed.adapter.as_str()).collect();
         let absent = match (failure, part, names.as_slice()) {
@@ -207,6 +218,7 @@ mod adapters {
         passed_over: Vec<PassedOver>,
         /// Of the first adapter that was wanted and did not open.
         failure: Option<Error>,
+        warnings: Vec<String>,
     }
 
     fn first(
@@ -214,13 +226,17 @@ mod adapters {
         wanted: &dyn Fn(&Adapter) -> Result<(), String>,
         constraints: Constraints,
     ) -> Opened {
-        let mut opened = Opened { chosen: None, passed_over: vec![], failure: None };
+        let mut opened = Opened { chosen: None, passed_over: vec![], failure: None, warnings: vec![] };
         for adapter in adapters {
             let reason = match (&opened.chosen, wanted(adapter)) {
                 (_, Err(reason)) => reason,
                 (Some((better, _)), Ok(())) => format!("{better} comes first"),
                 (None, Ok(())) => match open(adapter, constraints) {
                     Ok(device) => {
+                        if device.backend.has_runtime_checks() {
+                            let warning = "every kernel has wgpu's run-time checks: times are longer than without";
+                            opened.warnings.push(warning.into());
+                        }
                         opened.chosen = Some((adapter.name.clone(), Box::new(device)));
                         continue;
                     }
@@ -238,8 +254,9 @@ mod adapters {
 
     /// The device is our own, so its stray errors are ours to collect: wgpu's default is to panic.
     pub fn open(adapter: &Adapter, constraints: Constraints) -> Result<Device<Wgpu>> {
-        let Constraints { portable, segment_bytes } = constraints;
+        let Constraints { portable, segment_bytes, checked } = constraints;
         let backend = host::open(adapter, if portable { Limits::Default } else { Limits::Adapter })?;
+        let backend = if checked { backend.with_runtime_checks() } else { backend };
         let faults = Faults::default();
         let sink = faults.clone();
         backend.device().on_uncaptured_error(Arc::new(move |error: moewe::wgpu::Error| sink.push(error.to_string())));

@@ -148,6 +148,21 @@ fn auto_takes_no_software_adapter_and_says_why() {
     says(&said.stderr, &["warning: --adapter anything has no effect"]);
 }
 
+/// Whether the device has them is asked of the device, not of the arguments.
+#[cfg(feature = "wgpu")]
+#[test]
+fn run_time_checks_change_no_word_of_a_report() {
+    let numbers = |value: &Value| [&value["errors"], &value["tokens_per_expert"], &value["spec"]].map(Clone::clone);
+    let (plain, code) = report(None, "wgpu", &[]);
+    assert_eq!(code, 0, "{plain}");
+    let said = run(None, "wgpu", &["--checked", "--json"]);
+    assert_eq!(said.code, 0, "{}", said.stderr);
+    assert_eq!(numbers(&said.json()), numbers(&plain));
+    says(&said.stderr, &["warning: every kernel has wgpu's run-time checks"]);
+    assert!(!run(None, "wgpu", &[]).stderr.contains("run-time checks"));
+    says(&run(None, "cpu", &["--checked"]).stderr, &["warning: --checked has no effect: backend cpu"]);
+}
+
 #[test]
 fn an_absent_cuda_device_is_unsupported() {
     // With a driver or without, in a build with the feature or without.
