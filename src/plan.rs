@@ -49,6 +49,11 @@ pub trait Backend: Sized {
     /// # Errors
     /// The device refuses.
     fn compile(&self, name: &str, operation: &Operation) -> Result<Self::Kernel>;
+    /// Compiles kernels, each with the name of a step that runs it, side by side where the device's API can.
+    ///
+    /// # Errors
+    /// The device refuses; of several refusals the one that stands first.
+    fn compile_all(&self, operations: &[(&str, &Operation)]) -> Result<Vec<Self::Kernel>>;
     /// Ties a kernel to buffers, in the order of its bindings.
     ///
     /// # Errors
@@ -348,23 +353,20 @@ impl<B: Backend> Plan<B> {
 
     /// Plans a schedule whose own buffers `fill` writes.
     pub(crate) fn from_schedule(backend: B, schedule: Schedule, fill: Fill<'_>) -> Result<Self> {
-        let (mut kernels, mut operations): (Vec<B::Kernel>, Vec<&Operation>) = (vec![], vec![]);
+        let mut operations: Vec<(&str, &Operation)> = vec![];
         let mut kernel_of = vec![];
         for bucket in &schedule.buckets {
             let mut row = vec![];
             for step in &bucket.steps {
-                let known = operations.iter().position(|operation| **operation == step.operation);
-                row.push(match known {
-                    Some(index) => index,
-                    None => {
-                        kernels.push(backend.compile(&step.name, &step.operation)?);
-                        operations.push(&step.operation);
-                        operations.len() - 1
-                    }
-                });
+                let known = operations.iter().position(|(_, operation)| **operation == step.operation);
+                row.push(known.unwrap_or(operations.len()));
+                if known.is_none() {
+                    operations.push((&step.name, &step.operation));
+                }
             }
             kernel_of.push(row);
         }
+        let kernels = backend.compile_all(&operations)?;
         let mut owned = vec![];
         for buffer in &schedule.buffers {
             owned.push(match buffer.contents {

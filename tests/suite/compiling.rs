@@ -1,13 +1,17 @@
 //! What a device is given to compile, and what becomes of it.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use moewe::host::Session;
+use moewe::host::{self, Limits, Session};
+use moewe::kernels::{GemmVariant, GroupedGemm, Operation};
 use moewe::reference::Inputs;
+use moewe::schedule::{Step, lower};
 use moewe::wgpu;
-use moewe::{Plan, Wgpu};
+use moewe::{Backend, Plan, Scope, Wgpu};
 
-use crate::rig::{AUTO, RandomLayer, adapter, deepseek_like};
+use crate::rig::{AUTO, RandomLayer, adapter, deepseek_like, wgpu};
 
 const TOKENS: usize = 20;
 
@@ -27,7 +31,10 @@ fn modules(trace: &Path) -> Vec<(String, [bool; 2])> {
         let is = |word: &str| behind(&format!("{word}:")).trim_start().starts_with("true");
         (behind("Some(\"").split('"').next().unwrap().to_owned(), [is("bounds_checks"), is("force_loop_bounding")])
     });
-    modules.filter(|(label, _)| !label.starts_with("proof/")).collect()
+    // In any order: kernels are compiled side by side.
+    let mut modules: Vec<_> = modules.filter(|(label, _)| !label.starts_with("proof/")).collect();
+    modules.sort();
+    modules
 }
 
 #[test]
@@ -75,4 +82,42 @@ fn modules_with_and_without_checks_are_never_taken_for_each_other() {
         |checks: bool| found.iter().filter(move |(name, has)| name.starts_with("grouped_gemm") && has[0] == checks);
     assert!(gemms(true).count() > 0);
     assert_eq!(gemms(true).count(), gemms(false).count(), "{found:?}");
+}
+
+/// A workgroup that no device under the default limits takes.
+fn too_large(operation: &Operation) -> Operation {
+    match operation {
+        Operation::GroupedGemm(kernel) => {
+            let variant = GemmVariant::Gemv { workgroup_size: 512, lanes: 1, tile_rows: 512 };
+            Operation::GroupedGemm(GroupedGemm { variant, ..kernel.clone() })
+        }
+        other => panic!("{other:?} is no GEMM"),
+    }
+}
+
+#[test]
+fn of_kernels_that_are_refused_side_by_side_the_first_is_named_and_no_handler_hears_of_any() {
+    let layer = RandomLayer::new(deepseek_like(), 64);
+    let schedule = lower(&layer.spec, Scope::Layer, TOKENS, &wgpu().facts(), &AUTO).unwrap();
+    let steps: Vec<&Step> = schedule.buckets.iter().flat_map(|bucket| &bucket.steps).collect();
+    let gemms = steps.iter().filter(|step| matches!(step.operation, Operation::GroupedGemm(_)));
+    let refused: Vec<Operation> = gemms.take(3).map(|step| too_large(&step.operation)).collect();
+    let good: Vec<(&str, &Operation)> = steps.iter().map(|step| (step.name.as_str(), &step.operation)).collect();
+    for (names, before) in [(["first", "second", "third"], 0), (["third", "first", "second"], 5)] {
+        let heard = Arc::new(AtomicUsize::new(0));
+        let wgpu = host::open(adapter(), Limits::Default).unwrap();
+        let hears = Arc::clone(&heard);
+        wgpu.device().on_uncaptured_error(Arc::new(move |_| {
+            hears.fetch_add(1, Ordering::Relaxed);
+        }));
+        let bad = names.iter().copied().zip(&refused);
+        let operations: Vec<_> = good[..before].iter().copied().chain(bad).chain(good.iter().copied()).collect();
+        let alone = wgpu.compile(names[0], &refused[0]).err().unwrap().to_string();
+        let together = wgpu.compile_all(&operations).err().unwrap().to_string();
+        assert!(alone.contains(&format!("for {}", names[0])), "{alone}");
+        assert_eq!(alone, together);
+        assert_eq!(heard.load(Ordering::Relaxed), 0);
+        // The others are as usable as before.
+        assert_eq!(wgpu.compile_all(&good).unwrap().len(), good.len());
+    }
 }

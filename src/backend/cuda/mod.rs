@@ -287,6 +287,10 @@ impl Backend for Cuda {
         self.kernel(&format!("{} for {name}", source.kernel()), &source.wgsl())
     }
 
+    fn compile_all(&self, operations: &[(&str, &Operation)]) -> Result<Vec<CudaKernel>> {
+        operations.iter().map(|(name, operation)| self.compile(name, operation)).collect()
+    }
+
     fn bind(&self, kernel: &CudaKernel, slices: &[BufferSlice<'_, Self>]) -> Result<CudaBinding> {
         for BufferSlice { buffer, offset, bytes } in slices {
             let aligned = (buffer.address + offset).is_multiple_of(16);

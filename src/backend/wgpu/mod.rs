@@ -258,6 +258,22 @@ impl Backend for Wgpu {
         Ok(Arc::clone(kernels.entry(text).or_insert(kernel)))
     }
 
+    /// On rayon's threads: a driver takes milliseconds to seconds for a kernel, and compiles several at once. Error
+    /// scopes are a thread's own, and each kernel opens and closes its scopes where it is compiled.
+    #[cfg(not(target_arch = "wasm32"))]
+    fn compile_all(&self, operations: &[(&str, &Operation)]) -> Result<Vec<Arc<WgpuKernel>>> {
+        use rayon::prelude::*;
+        let compiled = operations.par_iter().map(|(name, operation)| self.compile(name, operation));
+        // Rayon would give any of several errors; a list keeps them in order.
+        compiled.collect::<Vec<_>>().into_iter().collect()
+    }
+
+    /// A browser has one thread, and compiles on its own.
+    #[cfg(target_arch = "wasm32")]
+    fn compile_all(&self, operations: &[(&str, &Operation)]) -> Result<Vec<Arc<WgpuKernel>>> {
+        operations.iter().map(|(name, operation)| self.compile(name, operation)).collect()
+    }
+
     fn bind(&self, kernel: &Arc<WgpuKernel>, slices: &[BufferSlice<'_, Self>]) -> Result<wgpu::BindGroup> {
         let entries: Vec<_> = slices
             .iter()
