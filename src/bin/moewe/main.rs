@@ -35,6 +35,8 @@ mod inspect;
 mod json;
 mod judge;
 mod metrics;
+#[cfg(feature = "wgpu")]
+mod pipelines;
 mod progress;
 mod reference_engine;
 mod report;
@@ -141,7 +143,12 @@ struct DeviceOptions {
 
 impl DeviceOptions {
     fn constraints(&self) -> Constraints {
-        Constraints { portable: self.portable, segment_bytes: self.segment_bytes, checked: self.checked }
+        Constraints {
+            portable: self.portable,
+            segment_bytes: self.segment_bytes,
+            checked: self.checked,
+            keep_pipelines: true,
+        }
     }
 }
 

@@ -132,7 +132,7 @@ fn features(adapter: &wgpu::Adapter, catalogue: Option<&Catalogue>) -> Vec<Fact>
         fact(
             "pipeline cache",
             has.contains(Features::PIPELINE_CACHE),
-            "compiled kernels on disk; kept by the driver alone, moewe compiles once a process".into(),
+            "compiled kernels on disk, for the next run".into(),
         ),
         fact(
             "immediates",
