@@ -29,6 +29,7 @@ mod lockstep;
 mod matrix;
 mod memory;
 mod mutations;
+mod pace;
 mod packing;
 mod quantised;
 mod quantising;

@@ -165,7 +165,7 @@ pub const TILED: Options = only(Cut::Tiles);
 pub const CUTS: [Options; 5] = [GEMV, PAIRS, QUADS, OCTETS, TILED];
 
 const fn only(cut: Cut) -> Options {
-    Options { segment_bytes: None, cuts: Cuts::only(cut), fuse_quantization: true, diagnostics: false }
+    Options { cuts: Cuts::only(cut), ..Options::AUTO }
 }
 
 /// `options` in segments of MOEWE_SEGMENT_BYTES, where that is set and the test does not choose.
