@@ -16,7 +16,8 @@ pub struct Rates {
 
 impl Rates {
     /// Chosen low for the GPU of a desktop, where memory alone gives 20 GB/s and more; not measured. A faster device gets
-    /// finer slices than it needs, which costs some submissions. Drivers that compute on the CPU are slower than this.
+    /// finer slices than it needs, which costs some submissions. Drivers that compute on the CPU are slower than this:
+    /// `moewe doctor` measures both (`bandwidth`, `arithmetic`).
     pub const CONSERVATIVE: Self = Self { read_bytes_per_s: 10_000_000_000, flops_per_s: 20_000_000_000 };
 }
 
