@@ -434,7 +434,11 @@ pub fn decode(float_type: FloatType, words: &[u32], count: usize) -> Vec<f32> {
 }
 
 #[cfg(feature = "wgpu")]
+mod pipelines;
+#[cfg(feature = "wgpu")]
 pub use gpu::{Adapter, Limits, adapters, open};
+#[cfg(feature = "wgpu")]
+pub use pipelines::PipelineFile;
 
 #[cfg(feature = "wgpu")]
 mod gpu {
@@ -497,7 +501,7 @@ mod gpu {
     pub enum Limits {
         /// `wgpu::Limits::default()` and no features: the portability floor.
         Default,
-        /// Its own limits, and timestamps where it has them.
+        /// Its own limits, and timestamps and a pipeline cache where it has them.
         Adapter,
     }
 
@@ -506,10 +510,12 @@ mod gpu {
     /// # Errors
     /// The adapter refuses.
     pub fn open(adapter: &Adapter, limits: Limits) -> Result<Wgpu> {
-        let timestamps = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+        let wanted = wgpu::Features::TIMESTAMP_QUERY
+            | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS
+            | wgpu::Features::PIPELINE_CACHE;
         let (features, limits) = match limits {
             Limits::Default => (required_features(), required_limits()),
-            Limits::Adapter => (adapter.handle.features() & timestamps, adapter.handle.limits()),
+            Limits::Adapter => (adapter.handle.features() & wanted, adapter.handle.limits()),
         };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("moewe"),

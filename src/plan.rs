@@ -8,11 +8,14 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::kernels::Operation;
 use crate::kernels::pack::{GroupSource, PackedMatrix};
-use crate::schedule::{self, Buffer, Contents, DeviceFacts, Gemms, Options, Part, Schedule, StageSpec, Step, Table};
+use crate::schedule::{
+    self, Buffer, Contents, DeviceFacts, Gemms, Options, Pace, Part, Schedule, StageSpec, Step, Table,
+};
 use crate::spec::MoeSpec;
 use crate::support::Scope;
 use crate::weights::{InputScales, LatentNormWeights, LoraWeights, Matrix, MlpWeights, MoeWeights, RouterWeights};
@@ -49,6 +52,11 @@ pub trait Backend: Sized {
     /// # Errors
     /// The device refuses.
     fn compile(&self, name: &str, operation: &Operation) -> Result<Self::Kernel>;
+    /// Compiles kernels, each with the name of a step that runs it, side by side where the device's API can.
+    ///
+    /// # Errors
+    /// The device refuses; of several refusals the one that stands first.
+    fn compile_all(&self, operations: &[(&str, &Operation)]) -> Result<Vec<Self::Kernel>>;
     /// Ties a kernel to buffers, in the order of its bindings.
     ///
     /// # Errors
@@ -348,23 +356,20 @@ impl<B: Backend> Plan<B> {
 
     /// Plans a schedule whose own buffers `fill` writes.
     pub(crate) fn from_schedule(backend: B, schedule: Schedule, fill: Fill<'_>) -> Result<Self> {
-        let (mut kernels, mut operations): (Vec<B::Kernel>, Vec<&Operation>) = (vec![], vec![]);
+        let mut operations: Vec<(&str, &Operation)> = vec![];
         let mut kernel_of = vec![];
         for bucket in &schedule.buckets {
             let mut row = vec![];
             for step in &bucket.steps {
-                let known = operations.iter().position(|operation| **operation == step.operation);
-                row.push(match known {
-                    Some(index) => index,
-                    None => {
-                        kernels.push(backend.compile(&step.name, &step.operation)?);
-                        operations.push(&step.operation);
-                        operations.len() - 1
-                    }
-                });
+                let known = operations.iter().position(|(_, operation)| **operation == step.operation);
+                row.push(known.unwrap_or(operations.len()));
+                if known.is_none() {
+                    operations.push((&step.name, &step.operation));
+                }
             }
             kernel_of.push(row);
         }
+        let kernels = backend.compile_all(&operations)?;
         let mut owned = vec![];
         for buffer in &schedule.buffers {
             owned.push(match buffer.contents {
@@ -761,20 +766,95 @@ impl<B: Backend> Bound<B> {
         tokens: &Tokens<'_, B>,
         wanted: &dyn Fn(usize, &Step) -> bool,
     ) -> Result<()> {
-        let Inner { backend, schedule, owned: _, kernels, kernel_of, counts } = &*self.inner;
-        let (count, from) = match *tokens {
-            Tokens::Host(count) => (count, (counts, 4 * count as u64)),
-            Tokens::Device(buffer, offset) => (self.max_tokens, (buffer, offset)),
-        };
-        if count > self.max_tokens {
-            return Err(Error::invalid(
+        self.record_where(encoder, tokens, &|_| true, &|(_, at), step| wanted(at, step))
+    }
+
+    /// A call in submissions that take no longer than `pace` says: one after the other in this order, each recorded by
+    /// [`Bound::record_slice`] for the same tokens. They give the bits of [`Bound::record`]; the scratch and what the
+    /// call reads are its own until the last is done. For a queue that a user interface shares, whose own submissions
+    /// go between them, and for drivers that give up a submission of seconds.
+    ///
+    /// A slice is as many steps as fit, at least one: plan with [`Options::pace`], so that no step alone takes longer.
+    /// Times are estimates at worst ([`Schedule::work`]), for as many tokens as `tokens` may be.
+    ///
+    /// # Errors
+    /// As [`Bound::record`].
+    ///
+    /// # Example
+    ///
+    /// ```
+    /// # use std::path::Path;
+    /// use moewe::backend::cpu::{CpuBuffer, CpuEncoder};
+    /// use moewe::{Backend, Cpu, Io, Options, Pace, Plan, Scratch, Tokens};
+    /// # use moewe::families::{Request, resolve};
+    /// # use moewe::spec::{ActivationQuant, FloatType};
+    /// # fn main() -> moewe::Result<()> {
+    /// # let checkpoint = moewe::Checkpoint::open(Path::new("tests/golden/mixtral"))?;
+    /// # let (input, output) = (FloatType::F32, FloatType::F32);
+    /// # let request = Request { layer: None, input, output, activations: ActivationQuant::None };
+    /// # let resolved = resolve(&checkpoint, &request)?;
+    /// # let (spec, weights) = (&resolved.spec, resolved.weights(&checkpoint)?);
+    /// # let (backend, tokens) = (Cpu::new(), 64);
+    ///
+    /// let pace = Pace::DESKTOP;
+    /// let plan = Plan::new(backend, spec, &weights, tokens, &Options { pace: Some(pace), ..Options::AUTO })?;
+    /// # let scratch = Scratch::new(&backend, &plan.scratch_layout())?;
+    /// # let hidden_states = CpuBuffer::from_words(vec![0; tokens * spec.hidden_size]);
+    /// # let output = backend.create_buffer("output", 4 * (tokens * spec.hidden_size) as u64, false)?;
+    /// let bound = plan.bind(&Io { output: Some(&output), ..Io::of(&hidden_states) }, &scratch)?;
+    /// for slice in bound.slices(&Tokens::Host(tokens), pace)? {
+    ///     // On a GPU: an encoder of its own, and a submission behind it.
+    ///     bound.record_slice(&mut CpuEncoder, &Tokens::Host(tokens), &slice)?;
+    ///     assert!(slice.estimate <= pace.longest);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn slices(&self, tokens: &Tokens<'_, B>, pace: Pace) -> Result<Slices<'_, B>> {
+        Ok(Slices { bound: self, pace, count: self.count(tokens)?, next: (0, 0) })
+    }
+
+    /// Records a part of a call; see [`Bound::slices`].
+    ///
+    /// # Errors
+    /// As [`Bound::record`].
+    pub fn record_slice(&self, encoder: &mut B::Encoder, tokens: &Tokens<'_, B>, slice: &Slice) -> Result<()> {
+        let Slice { first, end, estimate: _ } = *slice;
+        // Of a chunk without a step in it not even the count is copied.
+        let touched = |chunk| first.0 <= chunk && (chunk, 0) < end;
+        self.record_where(encoder, tokens, &touched, &|place, _| first <= place && place < end)
+    }
+
+    /// Tokens of a call at most.
+    fn count(&self, tokens: &Tokens<'_, B>) -> Result<usize> {
+        match *tokens {
+            Tokens::Host(count) if count > self.max_tokens => Err(Error::invalid(
                 "tokens",
                 count,
                 format!("at most {}", self.max_tokens),
                 "plan for more tokens and give larger buffers",
-            ));
+            )),
+            Tokens::Host(count) => Ok(count),
+            Tokens::Device(_, _) => Ok(self.max_tokens),
         }
-        for chunk in self.chunks.iter().take_while(|chunk| chunk.first < count) {
+    }
+
+    /// Records the steps of a place (chunk, step) that is wanted, of the chunks that are.
+    fn record_where(
+        &self,
+        encoder: &mut B::Encoder,
+        tokens: &Tokens<'_, B>,
+        wanted_chunk: &dyn Fn(usize) -> bool,
+        wanted: &dyn Fn((usize, usize), &Step) -> bool,
+    ) -> Result<()> {
+        let Inner { backend, schedule, owned: _, kernels, kernel_of, counts } = &*self.inner;
+        let count = self.count(tokens)?;
+        let from = match *tokens {
+            Tokens::Host(count) => (counts, 4 * count as u64),
+            Tokens::Device(buffer, offset) => (buffer, offset),
+        };
+        let chunks = self.chunks.iter().enumerate().take_while(|(_, chunk)| chunk.first < count);
+        for (number, chunk) in chunks.filter(|(number, _)| wanted_chunk(*number)) {
             if from.1 % 4 != 0 || from.1.saturating_add(4) > backend.buffer_bytes(from.0) {
                 return Err(Error::invalid(
                     "tokens",
@@ -793,7 +873,7 @@ impl<B: Backend> Bound<B> {
             let tokens = chunk.tokens.min(count - chunk.first);
             let bucket = schedule.bucket(tokens);
             let steps = schedule.buckets[bucket].steps.iter().enumerate();
-            let mut launches = steps.filter(|(at, step)| wanted(*at, step)).map(|(at, step)| Launch {
+            let mut launches = steps.filter(|(at, step)| wanted((number, *at), step)).map(|(at, step)| Launch {
                 kernel: &kernels[kernel_of[bucket][at]],
                 binding: &chunk.bindings[bucket][at],
                 workgroups: step.grid.workgroups(tokens),
@@ -808,5 +888,52 @@ impl<B: Backend> Bound<B> {
     pub fn steps(&self, tokens: usize) -> &[Step] {
         let schedule = &self.inner.schedule;
         &schedule.buckets[schedule.bucket(tokens.min(schedule.chunk_tokens))].steps
+    }
+}
+
+/// A part of a call: steps that follow each other, of one chunk or of several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slice {
+    /// Chunk and step that it begins with.
+    pub first: (usize, usize),
+    /// Chunk and step that it does not reach.
+    pub end: (usize, usize),
+    /// How long it may take.
+    pub estimate: Duration,
+}
+
+/// The parts of a call, in order; see [`Bound::slices`].
+pub struct Slices<'a, B: Backend> {
+    bound: &'a Bound<B>,
+    pace: Pace,
+    count: usize,
+    next: (usize, usize),
+}
+
+impl<B: Backend> Iterator for Slices<'_, B> {
+    type Item = Slice;
+
+    fn next(&mut self) -> Option<Slice> {
+        let schedule = &self.bound.inner.schedule;
+        let first = self.next;
+        let mut estimate = Duration::ZERO;
+        for (number, chunk) in self.bound.chunks.iter().enumerate().skip(first.0) {
+            if chunk.first >= self.count {
+                break;
+            }
+            let tokens = chunk.tokens.min(self.count - chunk.first);
+            let steps = &schedule.buckets[schedule.bucket(tokens)].steps;
+            while self.next.1 < steps.len() {
+                let time = schedule.work(&steps[self.next.1], tokens).time(self.pace.rates);
+                let longer = estimate.saturating_add(time);
+                if longer > self.pace.longest && self.next != first {
+                    return Some(Slice { first, end: self.next, estimate });
+                }
+                estimate = longer;
+                self.next.1 += 1;
+            }
+            self.next = (number + 1, 0);
+        }
+        (self.next != first).then_some(Slice { first, end: self.next, estimate })
     }
 }

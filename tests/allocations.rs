@@ -4,11 +4,12 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use moewe::conformance::sample::{RandomLayer, deepseek_like};
 use moewe::conformance::witnesses::witnesses;
 use moewe::host::{self, Host, Limits, Session};
-use moewe::{Backend, Cpu, Io, MoeSpec, Options, Plan, Scratch, Tokens, Wgpu, reference};
+use moewe::{Backend, Cpu, Io, MoeSpec, Options, Pace, Plan, Scratch, Tokens, Wgpu, reference};
 
 struct Counting;
 
@@ -103,6 +104,11 @@ fn the_only_thread_of_a_cpu_allocates_nothing() {
                 bound.record_routing(&mut encoder, &Tokens::Host(all)).unwrap();
                 bound.record_experts(&mut encoder, &Tokens::Host(all)).unwrap();
                 bound.record(&mut encoder, &Tokens::Device(&counted, 0)).unwrap();
+                for slice in
+                    bound.slices(&Tokens::Host(all), Pace { longest: Duration::ZERO, ..Pace::DESKTOP }).unwrap()
+                {
+                    bound.record_slice(&mut encoder, &Tokens::Host(all), &slice).unwrap();
+                }
             });
             assert_eq!(count, 0, "{}: in parts", witness.field);
         });

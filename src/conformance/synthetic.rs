@@ -6,16 +6,19 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 
 use super::matrix::{OwnedMatrix, OwnedTensor};
+use super::sample::deepseek_like;
 use crate::error::{Error, Result, Unsupported};
-use crate::host::Host;
+use crate::host::{Host, Session};
 use crate::kernels::pack::PackedMatrix;
 use crate::kernels::synthesize::{Elements, elements, hash};
-use crate::kernels::{Operation, Stream, Synthesize};
+use crate::kernels::{Operation, Stage, Stream, Synthesize};
 use crate::numerics;
 use crate::plan::{self, BufferSlice, Launch, Plan};
 use crate::reference::{self, Inputs, Layer};
-use crate::schedule::{self, Contents, Options};
-use crate::spec::{MoeSpec, Placement, ScaleFormat, WeightFormat};
+use crate::schedule::{self, Contents, Cut, Cuts, Options};
+use crate::spec::{
+    LogitTransform, MoeSpec, Placement, Router, RoutingMethod, ScaleFormat, Score, SelectionKey, WeightFormat,
+};
 use crate::support::Scope;
 use crate::weights::{Dtype, MlpWeights, MoeWeights, RouterWeights};
 
@@ -167,6 +170,50 @@ pub fn dispatch_cost<B: Host>(host: &B) -> Result<(f64, &'static str)> {
     let (seconds, method) = warm(host, RUNS, record)?;
     let best = |parity: usize| seconds.iter().skip(parity).step_by(2).copied().fold(f64::INFINITY, f64::min);
     Ok(((best(1) - best(0)).max(0.0) / MANY as f64, method))
+}
+
+/// Operations a second that GEMMs get out of a device, counted as [`Schedule::work`](crate::Schedule::work) does: the
+/// least of all ways to cut them. With [`read_rate`] it makes the [`Rates`](crate::Rates) of a [`Pace`](crate::Pace).
+///
+/// # Errors
+/// The device refuses.
+pub fn flop_rate<B: Host + Clone>(host: &B) -> Result<f64> {
+    // Seconds of a step below which its start counts, so that more is asked.
+    const SHORT: f64 = 1e-3;
+    let (first, seconds) = slowest_gemm(host, [256, 256])?;
+    match seconds < SHORT {
+        true => Ok(slowest_gemm(host, [2048, 768])?.0.max(first)),
+        false => Ok(first),
+    }
+}
+
+/// The least operations a second of a GEMM of experts of [hidden size, intermediate size], and the seconds it took.
+fn slowest_gemm<B: Host + Clone>(host: &B, [hidden_size, intermediate_size]: [usize; 2]) -> Result<(f64, f64)> {
+    const TOKENS: usize = 64;
+    const RUNS: usize = 3;
+    let mut spec = deepseek_like();
+    (spec.hidden_size, spec.num_experts, spec.top_k) = (hidden_size, 16, 2);
+    (spec.experts.intermediate_size, spec.shared) = (intermediate_size, None);
+    spec.router = Router::Given { transform: LogitTransform::None };
+    spec.routing.method = RoutingMethod::TopK { score: Score::Softmax, key: SelectionKey::Score, groups: None };
+    let all = |row: &dyn Fn(usize) -> Vec<f32>| (0..TOKENS).flat_map(row).collect::<Vec<f32>>();
+    let (rows, logits) = (all(&|token| hidden_states(&spec, 0, token)), all(&|token| logits(&spec, 0, token)));
+    let mut slowest = (f64::INFINITY, 0.0);
+    for cut in Cut::ALL {
+        let options = Options { cuts: Cuts::only(cut), ..Options::AUTO };
+        let session = Session::new(plan(host.clone(), &spec, TOKENS, &options)?, &spec)?;
+        session.write(&Inputs { logits: Some(&logits), ..Inputs::of(&rows) })?;
+        // A clock rises in the first runs.
+        session.time_steps(TOKENS, RUNS)?;
+        let (seconds, _) = session.time_steps(TOKENS, RUNS)?;
+        for (step, seconds) in session.bound().steps(TOKENS).iter().zip(seconds) {
+            if step.operation.stage() == Stage::GroupedGemm {
+                let rate = session.plan().schedule().work(step, TOKENS).flops as f64 / seconds.max(1e-9);
+                slowest = if rate < slowest.0 { (rate, seconds) } else { slowest };
+            }
+        }
+    }
+    Ok(slowest)
 }
 
 /// The router's weights: a bias of the selection, where there is one.

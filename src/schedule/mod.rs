@@ -8,9 +8,11 @@ use crate::kernels::{Operation, Permute};
 use crate::support::Scope;
 
 mod lower;
+mod pace;
 mod stage;
 
 pub use lower::lower;
+pub use pace::{Pace, Rates, Work};
 pub use stage::{Codes, SCALES, StageSpec, stage};
 
 /// What `lower` knows of a device.
@@ -40,12 +42,15 @@ pub struct Options {
     pub fuse_quantization: bool,
     /// Whether steps that count what explains accuracy are planned; see [`Diagnostics`]. They change no result.
     pub diagnostics: bool,
+    /// How long one dispatch may take: tokens pass in chunks so small that none takes longer, as far as 128 tokens do
+    /// not. A call whose rows share one scale is not cut.
+    pub pace: Option<Pace>,
 }
 
 impl Options {
     /// The library's own choice.
     pub const AUTO: Self =
-        Self { segment_bytes: None, cuts: Cuts::ByMeanRows, fuse_quantization: true, diagnostics: false };
+        Self { segment_bytes: None, cuts: Cuts::ByMeanRows, fuse_quantization: true, diagnostics: false, pace: None };
 }
 
 /// Which calls have which [`Cut`].

@@ -4,6 +4,7 @@
 mod ablation;
 mod binding;
 mod bugs;
+mod compiling;
 mod configs;
 mod conformance;
 mod contracts;
@@ -28,6 +29,7 @@ mod lockstep;
 mod matrix;
 mod memory;
 mod mutations;
+mod pace;
 mod packing;
 mod quantised;
 mod quantising;

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use fastrand::Rng;
 use moewe::conformance::sample;
-use moewe::host::{self, Limits, Session};
+use moewe::host::{self, Adapter, Limits, Session};
 use moewe::reference::{self, Inputs};
 use moewe::schedule::DeviceFacts;
 use moewe::spec::{MoeSpec, WeightFormat};
@@ -44,18 +44,25 @@ pub fn fresh_gpu() -> Gpu {
     gpu().with_compiler(gpu().compiler().clone())
 }
 
-/// The adapter under test, under the portability floor. No adapter is a failure.
+/// The adapter under test. None is a failure.
+pub fn adapter() -> &'static Adapter {
+    static ADAPTER: OnceLock<Adapter> = OnceLock::new();
+    ADAPTER.get_or_init(|| {
+        let wanted = std::env::var("MOEWE_ADAPTER").unwrap_or_default();
+        let mut adapters = host::adapters();
+        let names: Vec<_> = adapters.iter().map(|adapter| adapter.name.clone()).collect();
+        let at = adapters.iter().position(|adapter| adapter.matches(&wanted));
+        let adapter =
+            adapters.swap_remove(at.unwrap_or_else(|| panic!("no adapter matches {wanted:?}; there are {names:?}")));
+        println!("adapter: {}", adapter.name);
+        adapter
+    })
+}
+
+/// The adapter under test, under the portability floor.
 pub fn wgpu() -> &'static Wgpu {
     static GPU: OnceLock<Wgpu> = OnceLock::new();
-    GPU.get_or_init(|| {
-        let wanted = std::env::var("MOEWE_ADAPTER").unwrap_or_default();
-        let adapters = host::adapters();
-        let names: Vec<_> = adapters.iter().map(|adapter| &adapter.name).collect();
-        let adapter = adapters.iter().find(|adapter| adapter.matches(&wanted));
-        let adapter = adapter.unwrap_or_else(|| panic!("no adapter matches {wanted:?}; there are {names:?}"));
-        println!("adapter: {}", adapter.name);
-        host::open(adapter, limits()).unwrap()
-    })
+    GPU.get_or_init(|| host::open(adapter(), limits()).unwrap())
 }
 
 /// WebGPU's default limits and no features, which is what the tests are about; MOEWE_LIMITS=adapter, for
@@ -158,7 +165,7 @@ pub const TILED: Options = only(Cut::Tiles);
 pub const CUTS: [Options; 5] = [GEMV, PAIRS, QUADS, OCTETS, TILED];
 
 const fn only(cut: Cut) -> Options {
-    Options { segment_bytes: None, cuts: Cuts::only(cut), fuse_quantization: true, diagnostics: false }
+    Options { cuts: Cuts::only(cut), ..Options::AUTO }
 }
 
 /// `options` in segments of MOEWE_SEGMENT_BYTES, where that is set and the test does not choose.

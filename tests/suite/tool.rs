@@ -21,8 +21,17 @@ struct Said {
     stderr: String,
 }
 
+/// Where the tool keeps compiled pipelines when tests run it: not among the user's own.
+const CACHE: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/cache");
+
+fn tool(cache: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_moewe"));
+    command.env("XDG_CACHE_HOME", cache);
+    command
+}
+
 fn moewe<S: AsRef<std::ffi::OsStr>>(args: impl IntoIterator<Item = S>) -> Said {
-    let output = Command::new(env!("CARGO_BIN_EXE_moewe")).args(args).output().unwrap();
+    let output = tool(CACHE).args(args).output().unwrap();
     Said {
         code: output.status.code().expect("ended by a signal"),
         stdout: String::from_utf8(output.stdout).unwrap(),

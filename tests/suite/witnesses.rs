@@ -294,6 +294,10 @@ impl Backend for Deaf {
         self.cpu.compile(name, &operation)
     }
 
+    fn compile_all(&self, operations: &[(&str, &Operation)]) -> moewe::Result<Vec<Operation>> {
+        operations.iter().map(|(name, operation)| self.compile(name, operation)).collect()
+    }
+
     fn bind(&self, kernel: &Operation, slices: &[BufferSlice<'_, Self>]) -> moewe::Result<CpuBinding> {
         let slices: Vec<BufferSlice<'_, Cpu>> = slices
             .iter()

@@ -127,6 +127,10 @@ impl Backend for Cpu {
         Ok(operation.clone())
     }
 
+    fn compile_all(&self, operations: &[(&str, &Operation)]) -> Result<Vec<Operation>> {
+        operations.iter().map(|(name, operation)| self.compile(name, operation)).collect()
+    }
+
     fn bind(&self, kernel: &Operation, slices: &[BufferSlice<'_, Self>]) -> Result<CpuBinding> {
         let bindings = kernel.source().bindings;
         kernel.reserve(slices.iter().zip(&bindings).map(|(slice, binding)| (binding.name, slice.bytes as usize / 4)));

@@ -305,6 +305,10 @@ impl Backend for Cuda {
         }
     }
 
+    fn compile_all(&self, operations: &[(&str, &Operation)]) -> Result<Vec<CudaKernel>> {
+        operations.iter().map(|(name, operation)| self.compile(name, operation)).collect()
+    }
+
     fn bind(&self, kernel: &CudaKernel, slices: &[BufferSlice<'_, Self>]) -> Result<CudaBinding> {
         for BufferSlice { buffer, offset, bytes } in slices {
             let aligned = (buffer.address + offset).is_multiple_of(16);

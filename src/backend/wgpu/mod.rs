@@ -42,6 +42,7 @@ pub struct Wgpu {
     kernels: Arc<Mutex<HashMap<String, Arc<WgpuKernel>>>>,
     proofs: Arc<OnceLock<Proofs>>,
     checked: bool,
+    cache: Option<wgpu::PipelineCache>,
 }
 
 /// A pipeline with its layout.
@@ -57,7 +58,15 @@ impl Wgpu {
     pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Self {
         let limits = device.limits();
         let max_binding_bytes = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
-        Self { device, queue, max_binding_bytes, kernels: Arc::default(), proofs: Arc::default(), checked: false }
+        Self {
+            device,
+            queue,
+            max_binding_bytes,
+            kernels: Arc::default(),
+            proofs: Arc::default(),
+            checked: false,
+            cache: None,
+        }
     }
 
     /// The same device with smaller bindings: weights and activations are cut finer.
@@ -71,6 +80,20 @@ impl Wgpu {
     #[must_use]
     pub fn with_runtime_checks(&self) -> Self {
         Self { checked: true, kernels: Arc::default(), ..self.clone() }
+    }
+
+    /// The same device, which compiles its kernels with the host's pipeline cache: those that the cache has need no
+    /// compilation, and the others are in it afterwards. The host creates it (on a device with
+    /// [`wgpu::Features::PIPELINE_CACHE`]) and keeps its data where it likes; one cache may serve all that a host
+    /// compiles.
+    #[must_use]
+    pub fn with_pipeline_cache(&self, cache: wgpu::PipelineCache) -> Self {
+        Self { cache: Some(cache), ..self.clone() }
+    }
+
+    /// Whether every kernel has them.
+    pub fn has_runtime_checks(&self) -> bool {
+        self.checked
     }
 
     /// The device.
@@ -246,12 +269,28 @@ impl Backend for Wgpu {
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },
-                cache: None,
+                cache: self.cache.as_ref(),
             });
             Arc::new(WgpuKernel { pipeline, layout, uniform })
         })?;
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(Arc::clone(kernels.entry(text).or_insert(kernel)))
+    }
+
+    /// On rayon's threads: a driver takes milliseconds to seconds for a kernel, and compiles several at once. Error
+    /// scopes are a thread's own, and each kernel opens and closes its scopes where it is compiled.
+    #[cfg(not(target_arch = "wasm32"))]
+    fn compile_all(&self, operations: &[(&str, &Operation)]) -> Result<Vec<Arc<WgpuKernel>>> {
+        use rayon::prelude::*;
+        let compiled = operations.par_iter().map(|(name, operation)| self.compile(name, operation));
+        // Rayon would give any of several errors; a list keeps them in order.
+        compiled.collect::<Vec<_>>().into_iter().collect()
+    }
+
+    /// A browser has one thread, and compiles on its own.
+    #[cfg(target_arch = "wasm32")]
+    fn compile_all(&self, operations: &[(&str, &Operation)]) -> Result<Vec<Arc<WgpuKernel>>> {
+        operations.iter().map(|(name, operation)| self.compile(name, operation)).collect()
     }
 
     fn bind(&self, kernel: &Arc<WgpuKernel>, slices: &[BufferSlice<'_, Self>]) -> Result<wgpu::BindGroup> {

@@ -6,6 +6,8 @@ use moewe::Cuda;
 use moewe::{Cpu, Error, Result, Unsupported};
 
 use crate::engine::{Device, Engine, Faults};
+#[cfg(feature = "wgpu")]
+use crate::pipelines::Pipelines;
 use crate::reference_engine::Reference;
 
 /// Value of `--backend`.
@@ -23,13 +25,24 @@ pub enum BackendName {
     Cuda,
 }
 
-/// What the tool leaves unused of a device, to show that less is enough. Changes no result.
+/// How the tool drives a device, other than at its best: to show that less is enough, or to search for a fault. Changes
+/// no result.
 #[derive(Debug, Clone, Copy)]
 pub struct Constraints {
     /// Ask an adapter for WebGPU's default limits and no features.
     pub portable: bool,
     /// Bound on one weight buffer.
     pub segment_bytes: Option<u64>,
+    /// Keep wgpu's run-time checks in every kernel.
+    pub checked: bool,
+    /// Keep compiled pipelines in a file for the next run.
+    #[cfg_attr(not(feature = "wgpu"), allow(dead_code, reason = "only adapters compile any"))]
+    pub keep_pipelines: bool,
+}
+
+impl Constraints {
+    /// None.
+    pub const NONE: Self = Self { portable: false, segment_bytes: None, checked: false, keep_pipelines: false };
 }
 
 /// What runs.
@@ -44,6 +57,8 @@ pub struct Choice {
     pub warnings: Vec<String>,
     /// The engine, or why there is none.
     pub engine: Result<Box<dyn Engine>>,
+    /// What is kept for the next run, at this choice's end.
+    pub pipelines: Option<Pipelines>,
 }
 
 /// An adapter that was not taken.
@@ -57,7 +72,7 @@ pub struct PassedOver {
 
 impl Choice {
     fn of(backend: &'static str, engine: Result<Box<dyn Engine>>) -> Self {
-        Self { backend, adapter: None, passed_over: vec![], warnings: vec![], engine }
+        Self { backend, adapter: None, passed_over: vec![], warnings: vec![], engine, pipelines: None }
     }
 
     fn absent(backend: &'static str, field: &'static str, value: &str, because: String) -> Self {
@@ -85,6 +100,9 @@ pub fn choose(backend: BackendName, adapter: Option<&str>, constraints: Constrai
     }
     if let (BackendName::Reference | BackendName::Cpu | BackendName::Cuda, true) = (backend, constraints.portable) {
         choice.warnings.push(format!("--portable has no effect: backend {} has no adapters", choice.backend));
+    }
+    if constraints.checked && choice.engine.is_ok() && choice.backend != "wgpu" {
+        choice.warnings.push(format!("--checked has no effect: backend {} has no modules of wgpu's", choice.backend));
     }
     choice
 }
@@ -134,6 +152,10 @@ fn on_cuda(adapter: Option<&str>, constraints: Constraints) -> Choice {
 }
 
 #[cfg(not(feature = "wgpu"))]
+/// There are none.
+pub type Pipelines = std::convert::Infallible;
+
+#[cfg(not(feature = "wgpu"))]
 const NOT_BUILT: &str = "built without feature wgpu";
 
 #[cfg(not(feature = "wgpu"))]
@@ -162,6 +184,7 @@ mod adapters {
 
     use super::{Choice, Constraints, PassedOver, on_cpu};
     use crate::engine::{Device, Engine, Faults};
+    use crate::pipelines::{self, Pipelines};
 
     /// The best hardware adapter that opens, else the CPU.
     pub fn automatic(constraints: Constraints) -> Choice {
@@ -169,9 +192,10 @@ mod adapters {
             true => Err("computes on the CPU; --backend wgpu would take it".into()),
             false => Ok(()),
         };
-        let Opened { chosen, passed_over, failure: _ } = first(&host::adapters(), &wanted, constraints);
+        let Opened { chosen, passed_over, failure: _, warnings, pipelines } =
+            first(&host::adapters(), &wanted, constraints);
         match chosen {
-            Some((adapter, engine)) => on(adapter, engine, passed_over),
+            Some((adapter, engine)) => Choice { warnings, pipelines, ..on(adapter, engine, passed_over) },
             None => on_cpu(passed_over, constraints),
         }
     }
@@ -182,9 +206,10 @@ mod adapters {
             Some(part) if !adapter.matches(part) => Err(format!("does not match --adapter {part}")),
             Some(_) | None => Ok(()),
         };
-        let Opened { chosen, passed_over, failure } = first(&host::adapters(), &wanted, constraints);
+        let Opened { chosen, passed_over, failure, warnings, pipelines } =
+            first(&host::adapters(), &wanted, constraints);
         if let Some((adapter, engine)) = chosen {
-            return on(adapter, engine, passed_over);
+            return Choice { warnings, pipelines, ..on(adapter, engine, passed_over) };
         }
         let names: Vec<&str> = passed_over.iter().map(|passed| passed.adapter.as_str()).collect();
         let absent = match (failure, part, names.as_slice()) {
@@ -207,6 +232,23 @@ mod adapters {
         passed_over: Vec<PassedOver>,
         /// Of the first adapter that was wanted and did not open.
         failure: Option<Error>,
+        warnings: Vec<String>,
+        pipelines: Option<Pipelines>,
+    }
+
+    impl Opened {
+        /// Without a file, kernels are compiled: that is slower, and no error.
+        fn keep(&mut self, device: &mut Device<Wgpu>) {
+            match pipelines::keep(&device.backend) {
+                Ok(None) => {}
+                Ok(Some((backend, kept, told))) => {
+                    device.backend = backend;
+                    self.pipelines = Some(kept);
+                    self.warnings.extend(told);
+                }
+                Err(error) => self.warnings.push(format!("compiled pipelines are not kept: {error}")),
+            }
+        }
     }
 
     fn first(
@@ -214,13 +256,20 @@ mod adapters {
         wanted: &dyn Fn(&Adapter) -> Result<(), String>,
         constraints: Constraints,
     ) -> Opened {
-        let mut opened = Opened { chosen: None, passed_over: vec![], failure: None };
+        let mut opened = Opened { chosen: None, passed_over: vec![], failure: None, warnings: vec![], pipelines: None };
         for adapter in adapters {
             let reason = match (&opened.chosen, wanted(adapter)) {
                 (_, Err(reason)) => reason,
                 (Some((better, _)), Ok(())) => format!("{better} comes first"),
                 (None, Ok(())) => match open(adapter, constraints) {
-                    Ok(device) => {
+                    Ok(mut device) => {
+                        if constraints.keep_pipelines {
+                            opened.keep(&mut device);
+                        }
+                        if device.backend.has_runtime_checks() {
+                            let warning = "every kernel has wgpu's run-time checks: times are longer than without";
+                            opened.warnings.push(warning.into());
+                        }
                         opened.chosen = Some((adapter.name.clone(), Box::new(device)));
                         continue;
                     }
@@ -238,8 +287,9 @@ mod adapters {
 
     /// The device is our own, so its stray errors are ours to collect: wgpu's default is to panic.
     pub fn open(adapter: &Adapter, constraints: Constraints) -> Result<Device<Wgpu>> {
-        let Constraints { portable, segment_bytes } = constraints;
+        let Constraints { portable, segment_bytes, checked, keep_pipelines: _ } = constraints;
         let backend = host::open(adapter, if portable { Limits::Default } else { Limits::Adapter })?;
+        let backend = if checked { backend.with_runtime_checks() } else { backend };
         let faults = Faults::default();
         let sink = faults.clone();
         backend.device().on_uncaptured_error(Arc::new(move |error: moewe::wgpu::Error| sink.push(error.to_string())));

@@ -33,7 +33,7 @@ const QUANTISED_TOLERANCE: f64 = 5e-3;
 
 /// Times the cases and prints a line for each.
 pub fn bench(options: &BenchOptions) -> Exit {
-    let constraints = Constraints { portable: false, segment_bytes: None };
+    let constraints = Constraints { checked: options.checked, keep_pipelines: true, ..Constraints::NONE };
     let choice = backends::choose(options.backend, options.adapter.as_deref(), constraints);
     warn(&choice.warnings);
     let cases = options.case.iter().filter_map(|name| Some((name, layer(name, options.scale)?)));

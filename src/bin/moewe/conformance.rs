@@ -18,7 +18,7 @@ const WGPU: &str = "30.0";
 
 /// Tries every field.
 pub fn conformance(options: &ConformanceOptions) -> Exit {
-    let constraints = Constraints { portable: options.portable, segment_bytes: None };
+    let constraints = Constraints { portable: options.portable, ..Constraints::NONE };
     let choice = backends::choose(options.backend, options.adapter.as_deref(), constraints);
     warn(&choice.warnings);
     let engine = match &choice.engine {

@@ -87,6 +87,8 @@ struct Health {
     answers: Answers,
     /// Bytes a second.
     read_rate: Result<f64>,
+    /// Operations a second of GEMMs.
+    flop_rate: Result<f64>,
     /// Seconds, and how it was measured.
     dispatch: Result<(f64, &'static str)>,
     seconds: f64,
@@ -188,7 +190,9 @@ fn health<B: Host + Clone + Sync>(device: &Device<B>, catalogue: &Catalogue) -> 
     answers.complaints.extend(faults.check(name).err().map(|fault| fault.to_string()));
     bar.at("reading memory", 0, 1);
     let read_rate = OnDevice { backend: host, faults }.read_rate();
+    bar.at("arithmetic", 0, 1);
+    let flop_rate = synthetic::flop_rate(host).and_then(|rate| faults.check(name).map(|()| rate));
     bar.at("dispatches", 0, 1);
     let dispatch = synthetic::dispatch_cost(host).and_then(|cost| faults.check(name).map(|()| cost));
-    Health { answers, read_rate, dispatch, seconds: start.elapsed().as_secs_f64() }
+    Health { answers, read_rate, flop_rate, dispatch, seconds: start.elapsed().as_secs_f64() }
 }

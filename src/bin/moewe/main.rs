@@ -35,6 +35,8 @@ mod inspect;
 mod json;
 mod judge;
 mod metrics;
+#[cfg(feature = "wgpu")]
+mod pipelines;
 mod progress;
 mod reference_engine;
 mod report;
@@ -130,6 +132,10 @@ struct DeviceOptions {
     /// Cut weights into buffers of at most N bytes.
     #[arg(long, value_name = "N")]
     segment_bytes: Option<u64>,
+    /// Keep wgpu's run-time checks, index clamps and loop bounds, in every kernel, also in those whose indices are proved.
+    /// For a search after a fault: if something that was wrong is right with it, the proof is. Changes no result.
+    #[arg(long)]
+    checked: bool,
     /// Exit with 1 if config.json has keys that nobody knows.
     #[arg(long)]
     strict: bool,
@@ -137,7 +143,12 @@ struct DeviceOptions {
 
 impl DeviceOptions {
     fn constraints(&self) -> Constraints {
-        Constraints { portable: self.portable, segment_bytes: self.segment_bytes }
+        Constraints {
+            portable: self.portable,
+            segment_bytes: self.segment_bytes,
+            checked: self.checked,
+            keep_pipelines: true,
+        }
     }
 }
 
@@ -211,7 +222,7 @@ struct InspectDevice {
 
 impl InspectDevice {
     fn constraints(&self) -> Constraints {
-        Constraints { portable: self.portable, segment_bytes: self.segment_bytes }
+        Constraints { portable: self.portable, segment_bytes: self.segment_bytes, ..Constraints::NONE }
     }
 }
 
@@ -245,6 +256,10 @@ struct BenchOptions {
     /// Part of the name or driver of the adapter to take, whatever the case. With auto it means wgpu.
     #[arg(long, value_name = "S")]
     adapter: Option<String>,
+    /// Keep wgpu's run-time checks, index clamps and loop bounds, in every kernel, also in those whose indices are proved.
+    /// For a search after a fault: if something that was wrong is right with it, the proof is. Changes no result.
+    #[arg(long)]
+    checked: bool,
     /// Share of a layer's experts to keep, above 0: at least two for each that a token chooses; widths stay.
     #[arg(long, value_name = "S", default_value = "1", value_parser = scale)]
     scale: f64,

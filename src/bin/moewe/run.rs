@@ -20,7 +20,7 @@ use crate::{Exit, RunOptions, svg};
 
 /// Runs one layer and prints what came of it.
 pub fn run(folder: Option<&Path>, options: &RunOptions) -> Exit {
-    let Choice { backend, adapter, passed_over, warnings, engine } =
+    let Choice { backend, adapter, passed_over, warnings, engine, pipelines: _at_the_end } =
         backends::choose(options.device.backend, options.device.adapter.as_deref(), options.device.constraints());
     report::warn(&warnings);
     let checkpoint =

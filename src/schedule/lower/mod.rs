@@ -10,7 +10,7 @@ mod routing;
 
 use super::{
     Bucket, Buffer, Contents, Cut, Cuts, DIAGNOSTICS, Decision, DeviceFacts, EXPERT_MISSES, Extent, Gemms, Grid,
-    LOAD_SLOT, Options, Part, Schedule, Step, Table,
+    LOAD_SLOT, Options, Pace, Part, Schedule, Step, Table,
 };
 use crate::error::{Error, Result, Unsupported};
 use crate::kernels::combine::{Routed, SharedFactor, SharedRows};
@@ -32,6 +32,8 @@ use crate::spec::{
 use crate::support::{self, Scope, refuse};
 use crate::weights::{Blocks, Parts};
 
+/// Chunks of so many tokens begin at multiples of 256 bytes whatever a token has, as bindings must.
+const GRANULE: usize = 128;
 /// Workgroup memory that every WebGPU device has.
 const WORKGROUP_BYTES: usize = 16 << 10;
 /// Storage buffers that a kernel may bind on every WebGPU device.
@@ -70,15 +72,27 @@ pub fn lower(
         Entry::Batched { capacity } => max_tokens.min(spec.num_slots() * capacity),
     };
     supported(spec, scope, facts.backend)?;
-    let mut lowering = Lowering::new(spec, scope, max_tokens, facts, options, facts.matrix_units)?;
-    lowering.draft()?;
-    if lowering.units && !lowering.fits_units() {
-        // The tiles are those of one kernel.
-        lowering = Lowering::new(spec, scope, max_tokens, facts, options, false)?;
+    let lowered = |chunk_tokens| {
+        let mut lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, facts.matrix_units);
         lowering.draft()?;
+        if lowering.units && !lowering.fits_units() {
+            // The tiles are those of one kernel.
+            lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, false);
+            lowering.draft()?;
+        }
+        lowering.buckets()?;
+        Ok::<_, Error>(lowering.schedule)
+    };
+    let mut schedule = lowered(chunk_tokens(spec, scope, max_tokens, facts, options)?)?;
+    if let Some(Pace { longest, rates }) = options.pace {
+        while schedule.chunk_tokens > GRANULE && schedule.longest_step(rates) > longest {
+            let finer = (schedule.chunk_tokens / 2 / GRANULE * GRANULE).max(GRANULE);
+            // One scale for all rows of a call cannot be had in chunks.
+            let Ok(finer) = lowered(finer) else { break };
+            schedule = finer;
+        }
     }
-    lowering.buckets()?;
-    Ok(lowering.schedule)
+    Ok(schedule)
 }
 
 /// The first field that this crate's kernels lack.
@@ -283,11 +297,11 @@ impl<'a> Lowering<'a> {
         spec: &'a MoeSpec,
         scope: Scope,
         max_tokens: usize,
+        chunk_tokens: usize,
         facts: &'a DeviceFacts,
         options: &'a Options,
         units: bool,
-    ) -> Result<Self> {
-        let chunk_tokens = chunk_tokens(spec, scope, max_tokens, facts, options)?;
+    ) -> Self {
         let schedule = Schedule {
             scope,
             max_tokens,
@@ -313,7 +327,7 @@ impl<'a> Lowering<'a> {
             counters: None,
         };
         lowering.params = lowering.buffer("params", Contents::Params, 16);
-        Ok(lowering)
+        lowering
     }
 
     fn buffer(&mut self, name: impl Into<String>, contents: Contents, bytes: usize) -> usize {
@@ -739,8 +753,6 @@ fn chunk_tokens(
     facts: &DeviceFacts,
     options: &Options,
 ) -> Result<usize> {
-    // Chunks of 128 tokens begin at multiples of 256 bytes whatever a token has, as bindings must.
-    const GRANULE: usize = 128;
     let limit = usize::try_from(facts.max_binding_bytes.min(1 << 31)).unwrap_or(usize::MAX);
     let mut per_token = vec![("hidden_size", 4 * spec.hidden_size), ("num_experts", 4 * spec.router_outputs())];
     match spec.router {

@@ -17,7 +17,7 @@ use crate::rig::gpu;
 use crate::samples::says;
 use crate::witnesses::Deaf;
 
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 19] = [
     "backend",
     "adapter",
     "name",
@@ -32,6 +32,7 @@ const KEYS: [&str; 18] = [
     "kernels",
     "layers",
     "read_gb_s",
+    "gflop_s",
     "dispatch_us",
     "timing",
     "seconds",
@@ -152,6 +153,7 @@ fn expect_line(line: &Value) {
     assert_eq!(line["layers"]["status"], "pass");
     assert!(line["layers"]["count"].as_u64().unwrap() as usize >= known.layers.len());
     assert!(line["read_gb_s"].as_f64().unwrap() > 0.0 && line["dispatch_us"].as_f64().unwrap() >= 0.0, "{line}");
+    assert!(line["gflop_s"].as_f64().unwrap() > 0.0, "{line}");
     says(line["verdict"].as_str().unwrap(), &["right: all", "kernels gave the known answers", "Qwen3-30B-A3B"]);
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Said, arguments, backends, configure, copy_case, moewe, text};
+use super::{Said, arguments, backends, configure, copy_case, moewe, text, tool};
 use crate::samples::{golden, says};
 
 const KEYS: [&str; 24] = [
@@ -146,6 +146,54 @@ fn auto_takes_no_software_adapter_and_says_why() {
     }
     let said = run(None, "cpu", &["--adapter", "anything"]);
     says(&said.stderr, &["warning: --adapter anything has no effect"]);
+}
+
+/// Whether the device has them is asked of the device, not of the arguments.
+#[cfg(feature = "wgpu")]
+#[test]
+fn run_time_checks_change_no_word_of_a_report() {
+    let numbers = |value: &Value| [&value["errors"], &value["tokens_per_expert"], &value["spec"]].map(Clone::clone);
+    let (plain, code) = report(None, "wgpu", &[]);
+    assert_eq!(code, 0, "{plain}");
+    let said = run(None, "wgpu", &["--checked", "--json"]);
+    assert_eq!(said.code, 0, "{}", said.stderr);
+    assert_eq!(numbers(&said.json()), numbers(&plain));
+    says(&said.stderr, &["warning: every kernel has wgpu's run-time checks"]);
+    assert!(!run(None, "wgpu", &[]).stderr.contains("run-time checks"));
+    says(&run(None, "cpu", &["--checked"]).stderr, &["warning: --checked has no effect: backend cpu"]);
+}
+
+/// The file of compiled pipelines: written, read, and whatever it holds or wherever it is, a warning at most.
+#[cfg(feature = "wgpu")]
+#[test]
+fn pipelines_are_kept_for_the_next_run_and_a_file_of_them_is_never_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = |cache: &std::path::Path, rest: &[&str]| {
+        let output = tool(text(cache)).args(arguments(&["run"], "wgpu", rest)).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let cache = folder.path().join("cache");
+    // Without features there is no such cache.
+    assert!(!said(&cache, &["--portable"]).contains("pipelines") && !cache.join("moewe").exists());
+    assert_eq!(said(&cache, &[]).matches("warning").count(), 0);
+    let Ok(files) = std::fs::read_dir(cache.join("moewe")) else {
+        println!("not tested: the adapter has no pipeline cache");
+        return;
+    };
+    let files: Vec<_> = files.map(|file| file.unwrap().path()).collect();
+    assert_eq!(files.len(), 1, "{files:?}");
+    let whole = std::fs::read(&files[0]).unwrap();
+    assert_eq!(said(&cache, &[]).matches("warning").count(), 0);
+    std::fs::write(&files[0], &whole[..whole.len() / 2]).unwrap();
+    let warned = said(&cache, &[]);
+    assert_eq!(warned.matches("warning").count(), 1, "{warned}");
+    says(&warned, &["warning: ", "is not used: it is damaged; it is begun anew", text(&files[0])]);
+    assert_eq!(said(&cache, &[]).matches("warning").count(), 0);
+    // A file stands where the folder should be.
+    let warned = said(&files[0], &[]);
+    assert_eq!(warned.matches("warning").count(), 1, "{warned}");
+    says(&warned, &["warning: compiled pipelines are not kept: "]);
 }
 
 #[test]

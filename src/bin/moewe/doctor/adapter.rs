@@ -50,7 +50,7 @@ pub fn examine(examination: &mut Examination<'_>) {
 
 fn open(adapter: &Adapter, portable: bool) -> Result<Device<Wgpu>, String> {
     match shortcomings(&adapter.handle().limits()).as_slice() {
-        [] => backends::open(adapter, Constraints { portable, segment_bytes: None }).map_err(|error| error.to_string()),
+        [] => backends::open(adapter, Constraints { portable, ..Constraints::NONE }).map_err(|error| error.to_string()),
         short => Err(short.join("; ")),
     }
 }
@@ -132,7 +132,7 @@ fn features(adapter: &wgpu::Adapter, catalogue: Option<&Catalogue>) -> Vec<Fact>
         fact(
             "pipeline cache",
             has.contains(Features::PIPELINE_CACHE),
-            "compiled kernels on disk; kept by the driver alone, moewe compiles once a process".into(),
+            "compiled kernels on disk, for the next run".into(),
         ),
         fact(
             "immediates",

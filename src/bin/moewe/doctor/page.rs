@@ -33,7 +33,7 @@ pub fn heading(subject: &Subject) -> String {
 pub fn findings(subject: &Subject, found: &Found) -> String {
     let mut text = String::new();
     if let Found::Examined(health) = found {
-        let Health { answers, read_rate, dispatch, seconds } = health.as_ref();
+        let Health { answers, read_rate, flop_rate, dispatch, seconds } = health.as_ref();
         let judge = if subject.adapter.is_some() { "against their twins" } else { "in layers" };
         let title = format!("kernels {judge}");
         let _ = writeln!(text, "\n{title:<34} {:>6} {:>6} {:>9} {:>9}", "texts", "runs", "error", "tolerance");
@@ -51,11 +51,14 @@ pub fn findings(subject: &Subject, found: &Found) -> String {
         let whole = "whole layers against the reference";
         let _ = writeln!(text, "  {whole:<39} {layers:>6} {error:>9.1e} {tolerance:>9.1e}  {verdict}");
         let rate = read_rate.as_ref().map(|rate| format!("{:.1} GB/s, the best that a kernel reads", 1e-9 * rate));
+        let flops = flop_rate.as_ref();
+        let flops = flops.map(|rate| format!("{:.1} GFLOP/s, in the slowest of the GEMMs", 1e-9 * rate));
         let cost = dispatch.as_ref().map(|(cost, method)| {
             format!("{:.2} us, each waiting for the one before in one pass ({method})", 1e6 * cost)
         });
         let told = |measured: Result<String, &moewe::Error>| measured.unwrap_or_else(|error| format!("none: {error}"));
-        let _ = writeln!(text, "\nbandwidth    {}\ndispatch     {}", told(rate), told(cost));
+        let _ = writeln!(text, "\nbandwidth    {}\narithmetic   {}", told(rate), told(flops));
+        let _ = writeln!(text, "dispatch     {}", told(cost));
         let _ = writeln!(text, "examined     in {seconds:.1} s");
     }
     text + &format!("verdict      {}\n\n", verdict(subject, found).join("\n             "))
@@ -163,6 +166,7 @@ pub fn json(subject: &Subject, found: &Found) -> Value {
         "kernels": health.map_or(vec![], |health| health.answers.kernels.iter().map(kernel).collect::<Vec<_>>()),
         "layers": health.map(|health| layers(&health.answers)),
         "read_gb_s": health.and_then(|health| health.read_rate.as_ref().ok()).map(|rate| number(1e-9 * rate)),
+        "gflop_s": health.and_then(|health| health.flop_rate.as_ref().ok()).map(|rate| number(1e-9 * rate)),
         "dispatch_us": dispatch.map(|(cost, _)| number(1e6 * cost)),
         "timing": dispatch.map(|(_, method)| method),
         "seconds": health.map(|health| number(health.seconds)),
@@ -186,7 +190,13 @@ mod tests {
             complaints: vec![],
         };
         let lost = moewe::Error::DeviceLost { backend: "wgpu", operation: "timing".into() };
-        Found::Examined(Box::new(Health { answers, read_rate: Ok(2.5e11), dispatch: Err(lost), seconds: 1.5 }))
+        Found::Examined(Box::new(Health {
+            answers,
+            read_rate: Ok(2.5e11),
+            flop_rate: Ok(3e12),
+            dispatch: Err(lost),
+            seconds: 1.5,
+        }))
     }
 
     fn subject() -> Subject {
@@ -219,7 +229,13 @@ mod tests {
         expect_all(&text, &kernels);
         expect_all(
             &text,
-            &["250.0 GB/s", "dispatch     none: ", "right: all 2 kernels", "75.5 MB of experts: 302.0 us"],
+            &[
+                "250.0 GB/s",
+                "arithmetic   3000.0 GFLOP/s",
+                "dispatch     none: ",
+                "right: all 2 kernels",
+                "75.5 MB of experts: 302.0 us",
+            ],
         );
         let line = json(&subject(), &examined(None));
         assert_eq!((&line["status"], &line["dispatch_us"]), (&"pass".into(), &Value::Null));
