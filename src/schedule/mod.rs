@@ -102,10 +102,11 @@ impl Cut {
             (Self::Pairs, false) => 2.0,
             (Self::Quads, false) => 8.0,
             (Self::Octets, false) => 48.0,
-            (Self::Gemv, true) => 0.25,
+            // Calls of few tokens alone; see `lower`.
+            (Self::Gemv, true) => 0.0,
             (Self::Pairs, true) => 5.0,
-            (Self::Quads, true) => 11.0,
-            (Self::Octets, true) => 24.0,
+            (Self::Quads, true) => 18.0,
+            (Self::Octets, true) => 28.0,
             (Self::Tiles, _) => f64::INFINITY,
         }
     }

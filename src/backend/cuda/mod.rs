@@ -70,6 +70,9 @@ pub struct CudaKernel {
     threads: [u32; 3],
     uniform: Option<usize>,
     sized: Arc<[usize]>,
+    may_be_early: bool,
+    /// Which bindings it writes.
+    written: ArrayVec<bool, MAX_BINDINGS>,
 }
 
 /// A kernel's arguments but for the place in its uniform buffer.
@@ -77,8 +80,18 @@ pub struct CudaKernel {
 pub struct CudaBinding {
     /// Addresses by binding, then sizes.
     arguments: ArrayVec<u64, { 2 * MAX_BINDINGS }>,
+    /// First byte, byte behind the last, and whether it is written.
+    ranges: ArrayVec<(u64, u64, bool), MAX_BINDINGS>,
     /// What has to live as long.
     _buffers: ArrayVec<CudaBuffer, MAX_BINDINGS>,
+}
+
+impl CudaBinding {
+    /// Whether neither writes what the other reads or writes.
+    fn is_independent_of(&self, other: &Self) -> bool {
+        let apart = |a: &(u64, u64, bool), b: &(u64, u64, bool)| a.1 <= b.0 || b.1 <= a.0 || !(a.2 || b.2);
+        self.ranges.iter().all(|a| other.ranges.iter().all(|b| apart(a, b)))
+    }
 }
 
 /// A stream on which kernels are launched as they are recorded.
@@ -174,13 +187,17 @@ impl Cuda {
         if let Some(kernel) = known {
             return Ok(kernel);
         }
-        let Translated { text, threads, uniform, sized } = translate().map_err(|reason| Error::Device {
-            backend: "cuda",
-            operation: format!("translating {label}"),
-            reason,
-        })?;
+        let Translated { text, threads, uniform, sized, written, may_be_early } = translate()
+            .map_err(|reason| Error::Device { backend: "cuda", operation: format!("translating {label}"), reason })?;
         let function = self.compiler.compile(label, &text, |code| self.device.load(code, translate::ENTRY))?;
-        let kernel = CudaKernel { function: Arc::new(function), threads, uniform, sized: sized.into() };
+        let kernel = CudaKernel {
+            function: Arc::new(function),
+            threads,
+            uniform,
+            sized: sized.into(),
+            may_be_early,
+            written: written.iter().copied().collect(),
+        };
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(kernels.entry(wgsl.into()).or_insert(kernel).clone())
     }
@@ -300,7 +317,7 @@ impl Backend for Cuda {
         let source = operation.source();
         let (label, wgsl) = (format!("{} for {name}", source.kernel()), source.wgsl());
         match source.cuda() {
-            None => self.kernel(&label, &wgsl),
+            None => self.cached(&label, &wgsl, || translate(&wgsl)),
             Some(text) => self.cached(&label, &wgsl, || translate_around(&wgsl, text, CUDA_THREADS)),
         }
     }
@@ -323,8 +340,13 @@ impl Backend for Cuda {
         }
         let addresses = slices.iter().map(|slice| slice.buffer.address + slice.offset);
         let sizes = kernel.sized.iter().filter_map(|&number| slices.get(number)).map(|slice| slice.bytes);
+        let ranges = slices.iter().zip(&kernel.written).map(|(slice, &written)| {
+            let first = slice.buffer.address + slice.offset;
+            (first, first + slice.bytes, written)
+        });
         Ok(CudaBinding {
             arguments: addresses.chain(sizes).collect(),
+            ranges: ranges.collect(),
             _buffers: slices.iter().map(|slice| slice.buffer.clone()).collect(),
         })
     }
@@ -335,13 +357,20 @@ impl Backend for Cuda {
 
     fn launch(&self, encoder: &mut CudaEncoder, launches: &mut dyn Iterator<Item = Launch<'_, Self>>) -> Result<()> {
         self.device.enter()?;
+        // The launch before, if that has waited for all before it.
+        let mut before: Option<&CudaBinding> = None;
         for Launch { kernel, binding, workgroups, params } in launches {
             if workgroups.contains(&0) {
                 continue;
             }
+            let early = kernel.may_be_early && before.is_some_and(|before| binding.is_independent_of(before));
+            before = (!early).then_some(binding);
             let mut arguments = binding.arguments.clone();
             if let Some(argument) = kernel.uniform.and_then(|number| arguments.get_mut(number)) {
                 *argument += u64::from(params);
+            }
+            if kernel.may_be_early {
+                arguments.push(u64::from(early));
             }
             self.device.launch(encoder.stream, &kernel.function, workgroups, kernel.threads, 0, &mut arguments)?;
         }

@@ -27,10 +27,19 @@ pub struct Translated {
     pub uniform: Option<usize>,
     /// Bindings, by number, whose sizes in bytes follow the pointers as `unsigned long long`.
     pub sized: Vec<usize>,
+    /// Which bindings, by number, it may write.
+    pub written: Vec<bool>,
+    /// Whether a last `unsigned long long` follows: not 0 where the kernel need not wait for the one before it, but only
+    /// may not end before that.
+    pub may_be_early: bool,
 }
 
 /// Name of the entry point.
 pub const ENTRY: &str = "moewe_kernel";
+
+/// Lets the next kernel come, once all blocks are here. Only behind the wait: a kernel that is early knows that all but
+/// the one before it is done.
+const LAUNCH_DEPENDENTS: &str = "asm volatile(\"griddepcontrol.launch_dependents;\")";
 
 /// What CUDA C++ lacks of WGSL's types.
 const PRELUDE: &str = "\
@@ -111,19 +120,24 @@ impl Writer<'_> {
         self.bindings().into_iter().map(pointer).collect()
     }
 
+    fn written(&self) -> Vec<bool> {
+        let written = |global: &GlobalVariable| match global.space {
+            AddressSpace::Storage { access } => access.contains(StorageAccess::STORE),
+            _ => false,
+        };
+        self.bindings().iter().map(|(_, global)| written(global)).collect()
+    }
+
     fn uniform(&self) -> Option<usize> {
         self.bindings().iter().position(|(_, global)| global.space == AddressSpace::Uniform)
     }
 
-    /// A kernel may be launched while the one before it ends: it waits, then lets the next one come. Its pointers pass
-    /// through the wait, or the compiler could read ahead of it.
+    /// A kernel may be launched while the one before it ends, and waits for that. Its pointers pass through the wait, or
+    /// the compiler could read ahead of it.
     fn wait(&self) -> String {
         let pointers = self.bindings().into_iter().map(|(handle, _)| format!("\"+l\"({})", self.global_name(handle)));
         let pointers = pointers.collect::<Vec<_>>().join(", ");
-        format!(
-            "asm volatile(\"griddepcontrol.wait;\" : {pointers} :: \"memory\"); \
-             asm volatile(\"griddepcontrol.launch_dependents;\")"
-        )
+        format!("asm volatile(\"griddepcontrol.wait;\" : {pointers} :: \"memory\")")
     }
 
     fn around(mut self, kernel: &str, threads: u32) -> Result<Translated, String> {
@@ -146,14 +160,21 @@ impl Writer<'_> {
                 let _ = writeln!(self.text, "#define {name}({own}) {}({all})", self.function_name(handle));
             }
         }
-        let (arguments, uniform) = (self.pointers()?.join(", "), self.uniform());
+        let (arguments, uniform, written) = (self.pointers()?.join(", "), self.uniform(), self.written());
         let _ = write!(
             self.text,
-            "#if __CUDA_ARCH__ >= 900\n#define WAIT {}\n#else\n#define WAIT\n#endif\n\
+            "#if __CUDA_ARCH__ >= 900\n#define WAIT {}; {LAUNCH_DEPENDENTS}\n#else\n#define WAIT\n#endif\n\
              #define KERNEL extern \"C\" __global__ void __launch_bounds__({threads}) {ENTRY}({arguments})\n{kernel}",
             self.wait()
         );
-        Ok(Translated { text: self.text, threads: [threads, 1, 1], uniform, sized: vec![] })
+        Ok(Translated {
+            text: self.text,
+            threads: [threads, 1, 1],
+            uniform,
+            sized: vec![],
+            written,
+            may_be_early: false,
+        })
     }
 
     fn kernel(mut self) -> Result<Translated, String> {
@@ -163,8 +184,7 @@ impl Writer<'_> {
         self.declarations()?;
         let info = self.info.get_entry_point(0);
         let mut body = Body::new(&self, &entry.function, info);
-        let _ = writeln!(body.text, "#if __CUDA_ARCH__ >= 900\n    {};\n#endif", self.wait());
-        let uniform = self.uniform();
+        let (uniform, written) = (self.uniform(), self.written());
         let mut arguments = self.pointers()?;
         let queried = |(handle, _): &(Handle<GlobalVariable>, &GlobalVariable)| {
             info[*handle].contains(naga::valid::GlobalUse::QUERY)
@@ -204,12 +224,18 @@ impl Writer<'_> {
         let text = body.text;
         let threads = entry.workgroup_size;
         let bound = threads.iter().product::<u32>();
-        let arguments = arguments.join(", ");
+        let name = |argument: &String| argument.rsplit(' ').next().unwrap_or_default().to_owned();
+        let (names, arguments) = (arguments.iter().map(name).collect::<Vec<_>>().join(", "), arguments.join(", "));
+        let (wait, launch) = (self.wait(), LAUNCH_DEPENDENTS);
         let _ = write!(
             self.text,
-            "extern \"C\" __global__ void __launch_bounds__({bound}) {ENTRY}({arguments}) {{\n{text}}}\n"
+            "static __device__ __forceinline__ void body({arguments}) {{\n{text}}}\n\
+             extern \"C\" __global__ void __launch_bounds__({bound}) {ENTRY}({arguments}, unsigned long long early) {{\n\
+             #if __CUDA_ARCH__ >= 900\n    if (early == 0) {{\n        {wait};\n    }}\n    {launch};\n#endif\n    \
+             body({names});\n\
+             #if __CUDA_ARCH__ >= 900\n    if (early != 0) {{\n        {wait};\n    }}\n#endif\n}}\n"
         );
-        Ok(Translated { text: self.text, threads, uniform, sized })
+        Ok(Translated { text: self.text, threads, uniform, sized, written, may_be_early: true })
     }
 
     /// Buffers, in the order of their numbers.

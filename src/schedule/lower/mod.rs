@@ -46,6 +46,8 @@ const GEMV_LANES: u32 = 32;
 const ROWS_LANES: u32 = 16;
 /// Matrix rows below which more invocations share one, so that there are enough workgroups.
 const FEW_MATRIX_ROWS: usize = 1024;
+/// Tokens up to which matrix units cost more, by the permutation before them, than they save.
+const UNITS_GEMV_TOKENS: usize = 2;
 /// Matrix rows whose sums one invocation holds.
 const GEMV_ROWS_PER_LANE: u32 = 4;
 
@@ -561,8 +563,8 @@ impl<'a> Lowering<'a> {
                 (Cuts::ByMeanRows, Cut::Quads, false) => "up to 8 rows of a matrix in the mean",
                 (Cuts::ByMeanRows, Cut::Octets, false) => "up to 48 rows of a matrix in the mean",
                 (Cuts::ByMeanRows, Cut::Pairs, true) => "up to 5 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Quads, true) => "up to 11 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Octets, true) => "up to 24 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Quads, true) => "up to 18 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Octets, true) => "up to 28 rows of a matrix in the mean",
                 (Cuts::ByMeanRows, Cut::Tiles, _) => "in large calls the rows of a matrix fill them",
             };
             self.decide("grouped_gemm", choice, because);
@@ -603,6 +605,7 @@ impl<'a> Lowering<'a> {
             Cut::Tiles => usize::MAX,
         };
         let wanted = match self.options.cuts {
+            Cuts::ByMeanRows if self.units && cut == Cut::Gemv => UNITS_GEMV_TOKENS,
             Cuts::ByMeanRows => {
                 (cut.most_mean_rows(self.units) * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64)
                     as usize
