@@ -6,6 +6,7 @@
 //! A long file: the contract and the twin beside each other.
 
 use std::cell::Cell;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -349,7 +350,7 @@ impl GroupedGemm {
     }
 
     /// The packed matrix without its places: what indexing needs.
-    fn layout(&self) -> PackedMatrix {
+    pub(crate) fn layout(&self) -> PackedMatrix {
         PackedMatrix {
             name: "",
             groups: 1,
@@ -572,15 +573,20 @@ impl GroupedGemm {
     }
 
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
+        self.run_with(arguments, &Twin(self))
+    }
+
+    /// The twin with other products of the same meaning.
+    pub(crate) fn run_with(&self, arguments: &mut Arguments<'_>, products: &impl Products) -> Result<()> {
         // Taken, not borrowed: a thread that waits for another's part may begin another call meanwhile.
         let mut memory = MEMORY.take();
-        let result = self.run_in(arguments, &mut memory);
+        let result = self.run_in(arguments, products, &mut memory);
         MEMORY.set(memory);
         result
     }
 
-    /// Makes room, on this thread, for a call on buffers of so many words.
-    pub(super) fn reserve(&self, words: impl Iterator<Item = (&'static str, usize)>) {
+    /// Makes room, on this thread, for a call on buffers of so many words with these products.
+    pub(crate) fn reserve(&self, products: &impl Products, words: impl Iterator<Item = (&'static str, usize)>) {
         let (mut out, mut spans) = (0, 0);
         for (name, words) in words {
             match name {
@@ -592,20 +598,19 @@ impl GroupedGemm {
         let (rows, groups) = (out / self.features().max(1), spans / SPAN_WORDS);
         let entering = rows.div_ceil(self.shared_by());
         let mut memory = MEMORY.take();
-        let Memory { slots, starts, by_slot, place, used, values, scales, tasks, results } = &mut memory;
+        let Memory { slots, starts, by_slot, place, used, values, scales, arranged, tasks, results } = &mut memory;
         make_room(slots, rows);
         make_room(starts, groups + 1);
         make_room(by_slot, rows);
         make_room(place, entering);
         make_room(used, entering);
-        make_room(values, entering * self.padded());
+        make_room(values, entering * products.padded());
         make_room(scales, entering * self.scales_per_row());
+        make_room(arranged, entering);
         make_room(tasks, groups * self.features().div_ceil(STRETCH));
         make_room(results, out);
         MEMORY.set(memory);
-        let mut weights = WEIGHTS.take();
-        make_room(&mut weights, self.padded());
-        WEIGHTS.set(weights);
+        products.reserve();
     }
 
     /// Rows that read one decoded row: those of an entering row, unless each is weighted by itself.
@@ -613,7 +618,7 @@ impl GroupedGemm {
         if self.weigh_input.is_some() { 1 } else { self.input_divisor }
     }
 
-    /// Columns of a decoded row: whole vectors of codes.
+    /// Columns of a row that the twin decodes: whole vectors of codes.
     fn padded(&self) -> usize {
         let layout = self.layout();
         layout.vecs_per_row() * layout.codes_per_vec()
@@ -627,8 +632,8 @@ impl GroupedGemm {
         }
     }
 
-    fn run_in(&self, arguments: &mut Arguments<'_>, memory: &mut Memory) -> Result<()> {
-        let Memory { slots, starts, by_slot, place, used, values, scales, tasks, results } = memory;
+    fn run_in(&self, arguments: &mut Arguments<'_>, products: &impl Products, memory: &mut Memory) -> Result<()> {
+        let Memory { slots, starts, by_slot, place, used, values, scales, arranged, tasks, results } = memory;
         let rows = arguments.read("rows")?;
         let segment = arguments.read("segment")?;
         let spans = arguments.read("spans")?;
@@ -665,13 +670,12 @@ impl GroupedGemm {
                 }
             }
         }
-        let layout = self.layout();
         let (features, feature_rows) = (self.features(), self.feature_rows());
         let out = arguments.write("out")?;
         let groups = spans.len() / SPAN_WORDS;
         sort_by_slot(slots, groups, starts, by_slot);
         let rows_of = |slot: usize| &by_slot[starts[slot]..starts[slot + 1]];
-        let padded = self.padded();
+        let padded = products.padded();
         // An entering row for all its rows, or weighted for each. Those that nobody reads are not decoded; buffers
         // may be longer than this call's rows.
         let divisor = self.shared_by();
@@ -686,34 +690,37 @@ impl GroupedGemm {
             }
         }
         let weights = self.weigh_input.map(|_| arguments.read_f32("topk_weights")).transpose()?;
+        scales.clear();
+        let per_row = self.scales_per_row();
+        match self.input {
+            RowValues::Floats(_) => {}
+            RowValues::Codes { code: _, group: _, scales: layout } => {
+                let words = arguments.read("input_scales")?;
+                for index in &used[..] {
+                    let row = index * divisor / self.input_divisor;
+                    scales.extend((0..per_row).map(|at| layout.read(words, row, at, per_row)));
+                }
+            }
+        }
         values.clear();
         values.resize(used.len() * padded, 0.0);
-        values.par_chunks_exact_mut(padded.max(1)).zip(&used[..]).for_each(|(values, &index)| {
+        arranged.clear();
+        arranged.resize(used.len(), false);
+        let entering = values.par_chunks_exact_mut(padded.max(1)).zip(&mut arranged[..]).zip(&used[..]);
+        entering.enumerate().for_each(|(at, ((values, arranged), &index))| {
             decode_row(rows, self.input, index * divisor / self.input_divisor, self.cols, values);
             if let (Some(rounding), Some(weights)) = (self.weigh_input, weights) {
                 for value in &mut values[..self.cols] {
                     *value = self.round(rounding, *value * weights[index]);
                 }
             }
+            *arranged = products.arrange(values, &scales[at * per_row..][..per_row]);
         });
-        scales.clear();
-        let per_row = self.scales_per_row();
-        let group = match self.input {
-            RowValues::Floats(_) => self.cols,
-            RowValues::Codes { code: _, group, scales: layout } => {
-                let words = arguments.read("input_scales")?;
-                for index in &used[..] {
-                    let row = index * divisor / self.input_divisor;
-                    scales.extend((0..per_row).map(|at| layout.read(words, row, at, per_row)));
-                }
-                group.unwrap_or(self.cols)
-            }
-        };
         let entering = |row: usize| {
             let at = place[row / divisor];
-            EnteringRow { values: &values[at * padded..][..padded], scales: &scales[at * per_row..][..per_row] }
+            let scales = &scales[at * per_row..][..per_row];
+            EnteringRow { values: &values[at * padded..][..padded], scales, arranged: arranged[at] }
         };
-        let k_block = self.k_block().unwrap_or(padded);
         let epilogue = EpilogueInputs::read(self.epilogue, arguments)?;
         let delta = self.delta.map(|_| arguments.read_f32("delta")).transpose()?;
         // One task per group and stretch of features: a weight is decoded once for all rows of its group,
@@ -733,33 +740,25 @@ impl GroupedGemm {
         let compute = |&Task { slot, first, end, offset: _ }: &Task, values: &mut [f32]| {
             let span = &spans[slot * SPAN_WORDS..][..SPAN_WORDS];
             let rows = rows_of(slot);
-            let mut weights = WEIGHTS.take();
-            weights.clear();
-            weights.resize(padded, 0.0);
-            for feature in first..end {
-                for part in 0..feature_rows {
-                    let packed = feature * feature_rows + part;
-                    let bias = if self.bias { segment[(span[4] + packed as u32 - span[0]) as usize] } else { 0 };
-                    layout.decode(segment, span, packed, &mut weights);
-                    for (&row, values) in rows.iter().zip(values.chunks_exact_mut(end - first)) {
-                        let x = entering(row);
-                        let sum = match x.scales.is_empty() {
-                            true => layout.dot(segment, span, packed, &weights, x.values),
-                            false => layout.code_dot(segment, span, packed, &weights, x, [group, k_block]),
-                        };
-                        let added = delta.map(|delta| delta[row * self.matrix_rows + packed]);
-                        let sum = self.adapt(sum, added) + f32::from_bits(bias);
-                        // The gate's sum waits where the result will stand.
-                        let value = &mut values[feature - first];
-                        let sums = if part == 0 { [sum, 0.0] } else { [*value, sum] };
-                        *value = match part + 1 == feature_rows {
-                            true => self.finish(&epilogue, row, feature, sums),
-                            false => sum,
-                        };
-                    }
+            let packed = first * feature_rows..end * feature_rows;
+            let mut store = |packed: usize, numbers: &[usize], sums: &[f32]| {
+                // A division by 1 or 2 would be one by any number.
+                let (feature, part) = if feature_rows == 1 { (packed, 0) } else { (packed / 2, packed % 2) };
+                let bias = if self.bias { segment[(span[4] + packed as u32 - span[0]) as usize] } else { 0 };
+                for (&at, &sum) in numbers.iter().zip(sums) {
+                    let row = rows[at];
+                    let added = delta.map(|delta| delta[row * self.matrix_rows + packed]);
+                    let sum = self.adapt(sum, added) + f32::from_bits(bias);
+                    // The gate's sum waits where the result will stand.
+                    let value = &mut values[at * (end - first) + feature - first];
+                    let sums = if part == 0 { [sum, 0.0] } else { [*value, sum] };
+                    *value = match part + 1 == feature_rows {
+                        true => self.finish(&epilogue, row, feature, sums),
+                        false => sum,
+                    };
                 }
-            }
-            WEIGHTS.set(weights);
+            };
+            products.sums(&Lot { segment, span, packed }, rows.len(), &|at| entering(rows[at]), &mut store);
         };
         each_task(tasks, results, &compute);
         if self.fill_absent {
@@ -782,6 +781,90 @@ impl GroupedGemm {
             }
         }
         Ok(())
+    }
+}
+
+/// Who multiplies packed rows with entering rows, whatever comes before and behind.
+pub(crate) trait Products: Sync {
+    /// Makes room, on this thread, for what `sums` needs.
+    fn reserve(&self);
+
+    /// Values of an entering row, what it is padded with included.
+    fn padded(&self) -> usize;
+
+    /// May rearrange an entering row, decoded and padded with zeros, and multiply its scales in; whether it did.
+    fn arrange(&self, values: &mut [f32], scales: &[f32]) -> bool;
+
+    /// The sum of each packed row of the lot with each of `rows` entering rows, once, scales and all:
+    /// `store(packed row, numbers of entering rows, their sums)`, of an entering row in order of packed rows.
+    fn sums<'a>(
+        &self,
+        lot: &Lot<'_>,
+        rows: usize,
+        entering: &impl Fn(usize) -> EnteringRow<'a>,
+        store: &mut impl FnMut(usize, &[usize], &[f32]),
+    );
+}
+
+/// Packed rows of one group.
+pub(crate) struct Lot<'a> {
+    /// The segment that holds them.
+    pub segment: &'a [u32],
+    /// The group's row of the span table.
+    pub span: &'a [u32],
+    /// Which.
+    pub packed: Range<usize>,
+}
+
+/// The products of the twin of a kernel: plain loops.
+pub(crate) struct Twin<'a>(pub &'a GroupedGemm);
+
+impl Products for Twin<'_> {
+    fn reserve(&self) {
+        let mut weights = WEIGHTS.take();
+        make_room(&mut weights, self.0.padded());
+        WEIGHTS.set(weights);
+    }
+
+    fn padded(&self) -> usize {
+        self.0.padded()
+    }
+
+    fn arrange(&self, _values: &mut [f32], _scales: &[f32]) -> bool {
+        false
+    }
+
+    fn sums<'a>(
+        &self,
+        lot: &Lot<'_>,
+        rows: usize,
+        entering: &impl Fn(usize) -> EnteringRow<'a>,
+        store: &mut impl FnMut(usize, &[usize], &[f32]),
+    ) {
+        let &Lot { segment, span, ref packed } = lot;
+        let (layout, padded) = (self.0.layout(), self.0.padded());
+        let group = match self.0.input {
+            RowValues::Floats(_) => self.0.cols,
+            RowValues::Codes { code: _, group, scales: _ } => group.unwrap_or(self.0.cols),
+        };
+        let k_block = self.0.k_block().unwrap_or(padded);
+        let mut weights = WEIGHTS.take();
+        weights.clear();
+        weights.resize(padded, 0.0);
+        for packed in packed.clone() {
+            layout.decode(segment, span, packed, &mut weights);
+            for at in 0..rows {
+                let x = entering(at);
+                // Other products may pad further.
+                let x = EnteringRow { values: &x.values[..padded], ..x };
+                let sum = match x.scales.is_empty() {
+                    true => layout.dot(segment, span, packed, &weights, x.values),
+                    false => layout.code_dot(segment, span, packed, &weights, x, [group, k_block]),
+                };
+                store(packed, &[at], &[sum]);
+            }
+        }
+        WEIGHTS.set(weights);
     }
 }
 
@@ -812,6 +895,8 @@ struct Memory {
     values: Vec<f32>,
     /// Their scales.
     scales: Vec<f32>,
+    /// Whether the products have rearranged them.
+    arranged: Vec<bool>,
     tasks: Vec<Task>,
     /// What each task computes: rows of its features.
     results: Vec<f32>,
@@ -931,22 +1016,39 @@ impl GroupedGemm {
 
 /// A row as f32, and where it holds codes their scales.
 #[derive(Clone, Copy)]
-struct EnteringRow<'a> {
-    values: &'a [f32],
-    scales: &'a [f32],
+pub(crate) struct EnteringRow<'a> {
+    /// Padded.
+    pub values: &'a [f32],
+    /// One for each group of columns, or for the row.
+    pub scales: &'a [f32],
+    /// Whether the products have rearranged the values.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "the twin rearranges nothing"))]
+    pub arranged: bool,
 }
 
 /// One entering row as f32 in the first `cols` values.
 fn decode_row(words: &[u32], input: RowValues, row: usize, cols: usize, values: &mut [f32]) {
     let first = row * input.stride(cols);
-    for (col, value) in values.iter_mut().enumerate().take(cols) {
-        let at = first + col;
-        *value = match input {
-            RowValues::Floats(float_type) => decode_value(words, float_type, at),
-            RowValues::Codes { code, group: _, scales: _ } => {
-                numerics::decode_activation(code, (words[at / 4] >> (8 * (at % 4))) as u8)
+    let values = &mut values[..cols];
+    match input {
+        RowValues::Floats(FloatType::Bf16) if first.is_multiple_of(2) => {
+            // Two of a word at once, which is most rows of most models.
+            let (pairs, rest) = values.as_chunks_mut::<2>();
+            for (pair, word) in pairs.iter_mut().zip(&words[first / 2..]) {
+                *pair = [word << 16, word & 0xffff_0000].map(f32::from_bits);
             }
-        };
+            rest.iter_mut().for_each(|value| *value = decode_value(words, FloatType::Bf16, first + cols - 1));
+        }
+        RowValues::Floats(float_type) => {
+            for (at, value) in (first..).zip(values) {
+                *value = decode_value(words, float_type, at);
+            }
+        }
+        RowValues::Codes { code, group: _, scales: _ } => {
+            for (at, value) in (first..).zip(values) {
+                *value = numerics::decode_activation(code, (words[at / 4] >> (8 * (at % 4))) as u8);
+            }
+        }
     }
 }
 
@@ -1011,7 +1113,7 @@ impl PackedMatrix {
     }
 
     /// What scales a whole row.
-    fn row_scale(&self, segment: &[u32], span: &[u32], packed: usize) -> f32 {
+    pub(crate) fn row_scale(&self, segment: &[u32], span: &[u32], packed: usize) -> f32 {
         match self.parts.row_scale {
             true => f32::from_bits(segment[span[6] as usize + packed - span[0] as usize]),
             false => 1.0,

@@ -169,7 +169,7 @@ impl Operation {
     /// Makes room, on this thread, for what its twin needs beside buffers of so many words, by binding.
     pub(crate) fn reserve(&self, words: impl Iterator<Item = (&'static str, usize)>) {
         match self {
-            Self::GroupedGemm(kernel) => kernel.reserve(words),
+            Self::GroupedGemm(kernel) => kernel.reserve(&grouped_gemm::Twin(kernel), words),
             Self::Norm(_)
             | Self::TopkRouting(_)
             | Self::Assign(_)

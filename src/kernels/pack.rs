@@ -336,7 +336,7 @@ pub struct PackedBlocks {
 impl PackedBlocks {
     /// Row of the scales of packed row `row`, in a span whose first block is `first_block`. Twin:
     /// shaders/fragments/scale_row.wgsl
-    pub(super) fn scale_row(&self, pair: usize, row: usize, first_block: usize) -> usize {
+    pub(crate) fn scale_row(&self, pair: usize, row: usize, first_block: usize) -> usize {
         (row / (pair * self.rows) - first_block) * pair + row % pair
     }
 
@@ -378,7 +378,7 @@ impl PackedBlocks {
     }
 
     /// Scale, zero and minimum of a block, from the words of its row. Twin: shaders/fragments/scale_*.wgsl
-    pub(super) fn scale_of(&self, words: &[u32], block: usize) -> [f32; 3] {
+    pub(crate) fn scale_of(&self, words: &[u32], block: usize) -> [f32; 3] {
         let byte = || (words[block / 4] >> (8 * (block % 4))) as u8;
         let half = || (words[block / 2] >> (16 * (block % 2))) as u16;
         let only = |scale: f32| [scale, 0.0, 0.0];

@@ -1,11 +1,13 @@
 //! Every step of a schedule on the device against its twin: the first kernel that is wrong is named.
 
-use moewe::Options;
 use moewe::conformance::lockstep;
+use moewe::conformance::sample::LayerInputs;
 use moewe::plan::Backend;
 use moewe::spec::*;
+use moewe::{Cpu, Options};
 
-use crate::rig::{CUTS, GEMV, OCTETS, PAIRS, QUADS, RandomLayer, TILED, deepseek_like, gpu};
+use crate::random::{FORMATS, Sample, samples, sums_codes};
+use crate::rig::{CUTS, GEMV, OCTETS, PAIRS, QUADS, RandomLayer, TILED, deepseek_like, fits, gpu};
 
 fn walk(spec: MoeSpec, tokens: usize, options: &Options) {
     let layer = RandomLayer::new(spec, 11);
@@ -154,5 +156,72 @@ fn diagnoses_equal_their_twins() {
                 walk(spec, 9, &Options { diagnostics: true, ..base });
             }
         }
+    }
+}
+
+/// Steps of the CPU backend, whose GEMMs may be vector instructions, against those of a CPU that runs twins only.
+fn walk_on_cpu(layer: &RandomLayer, inputs: &LayerInputs, tokens: usize, options: &Options) {
+    let (fast, twin) = (layer.on_cpu(tokens, options, None), layer.on_cpu(tokens, options, Some(Cpu::new().facts())));
+    for step in lockstep::walk(&fast, &twin, &layer.spec, &inputs.view()).unwrap() {
+        assert_eq!(step.complaint, None, "{step:?}, {options:?}: {:?}", layer.spec);
+        assert!(step.error <= step.tolerance, "{step:?}");
+    }
+}
+
+/// Every format of weights in rows of several vectors, of which the last is not whole where a format can have that; as
+/// many entering rows as a tile has, less and more; rows with NaN and infinities among them.
+#[test]
+fn the_vector_gemms_of_a_cpu_equal_their_twins() {
+    let inputs = [FloatType::F32, FloatType::F16, FloatType::Bf16];
+    let fp8 = ActivationQuant::dynamic_fp8(128, ActivationScale::F32);
+    for (at, format) in FORMATS.into_iter().enumerate() {
+        for quant in [ActivationQuant::None, fp8] {
+            if quant.is_on() && !sums_codes(format) {
+                continue;
+            }
+            let mut spec = deepseek_like();
+            spec.hidden_size = if fits(format, 416) { 416 } else { 512 };
+            (spec.num_experts, spec.top_k, spec.experts.intermediate_size) = (4, 2, 256);
+            spec.routing.method =
+                RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
+            (spec.experts.format, spec.experts.activation_quant) = (format, quant);
+            spec.experts.gate_up_bias = at % 2 == 0;
+            spec.precision.input = inputs[at % 3];
+            let layer = RandomLayer::new(spec, at as u64);
+            // Once more rows of a matrix than it meets at once.
+            let many = if at == 2 { 150 } else { 20 };
+            for (tokens, options) in [(1, GEMV), (3, PAIRS), (6, QUADS), (many, TILED)] {
+                let mut inputs = layer.all_inputs(tokens, 12);
+                walk_on_cpu(&layer, &inputs, tokens, &options);
+                for (token, value) in [(0, f32::NAN), (3, f32::INFINITY), (5, f32::NEG_INFINITY)] {
+                    if let Some(x) = inputs.hidden_states.get_mut(token * layer.spec.hidden_size + 17 * token) {
+                        *x = value;
+                    }
+                }
+                walk_on_cpu(&layer, &inputs, tokens, &options);
+            }
+        }
+    }
+}
+
+/// Whatever else a layer may have, in sizes that no vector divides.
+#[test]
+fn the_gemms_of_random_layers_on_a_cpu_equal_their_twins() {
+    for (seed, Sample { spec, tokens, options, .. }) in samples(crate::layers::cases().min(300)).into_iter().enumerate()
+    {
+        let layer = RandomLayer::new(spec, seed as u64);
+        walk_on_cpu(&layer, &layer.all_inputs(layer.tokens(tokens), 12), layer.tokens(tokens).max(1), &options);
+    }
+}
+
+/// A weight that is NaN is one in the sums of its row alone, whatever instructions decode it.
+#[test]
+fn weights_that_are_nan_spoil_the_same_sums() {
+    let mut spec = deepseek_like();
+    spec.experts.format = WeightFormat::F32;
+    let mut layer = RandomLayer::new(spec, 5);
+    layer.spoil(1);
+    for tokens in [1, 20] {
+        walk_on_cpu(&layer, &layer.all_inputs(tokens, 12), tokens, &GEMV);
     }
 }

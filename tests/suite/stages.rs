@@ -6,7 +6,7 @@ use moewe::kernels::{Activated, ScaleLayout, ValueSource};
 use moewe::numerics::{self, SpanScale};
 use moewe::schedule::{Codes, SCALES, StageSpec};
 use moewe::spec::*;
-use moewe::{Cpu, Io, Plan, Scratch, Tokens};
+use moewe::{Backend, Cpu, Io, Plan, Scratch, Tokens};
 
 use crate::rig::gpu;
 
@@ -263,6 +263,8 @@ fn a_stage_that_cannot_be_is_refused_by_name() {
     let endless = gate_up(Activation::Swiglu { limit: Some(f32::NAN) }, false);
     refused(StageSpec { source: endless, codes: None, ..good.clone() }, 1, "NaN");
     // Larger than a binding of a device: 2^24 rows of 64 values.
-    let said = Plan::stage(gpu().clone(), &good, 1 << 24).err().unwrap().to_string();
-    assert!(said.contains("wgpu does not support max_tokens") && said.contains("rows needs"), "{said}");
+    let backend = gpu().with_binding_limit(1 << 31);
+    let refusal = format!("{} does not support max_tokens", backend.facts().backend);
+    let said = Plan::stage(backend, &good, 1 << 24).err().unwrap().to_string();
+    assert!(said.contains(&refusal) && said.contains("rows needs"), "{said}");
 }

@@ -1,15 +1,23 @@
-//! The kernels' twins on the CPU, on rayon's threads. Runs each step as it is recorded.
+//! The kernels' twins on the CPU, on rayon's threads. Runs each step as it is recorded; GEMMs take their products from
+//! vector instructions, where the machine has them.
 //!
 //! Recording allocates nothing on the thread that bound: what a twin needs beside its buffers is on the stack, or
 //! was reserved by `bind` and is kept by the thread. Rayon's queues, and its threads the first time they compute,
 //! allocate on their own.
+
+#[cfg(target_arch = "x86_64")]
+mod gemm;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use arrayvec::ArrayVec;
 
 use crate::error::{Error, Result};
-use crate::kernels::{Access, Arguments, MAX_BINDINGS, Operation, Slot};
+#[cfg(not(target_arch = "x86_64"))]
+use crate::kernels::grouped_gemm::Twin;
+use crate::kernels::{Access, Arguments, GroupedGemm, MAX_BINDINGS, Operation, Slot};
 use crate::plan::{Backend, BufferSlice, Launch};
 use crate::schedule::DeviceFacts;
 
@@ -17,6 +25,9 @@ use crate::schedule::DeviceFacts;
 #[derive(Debug, Clone, Copy)]
 pub struct Cpu {
     facts: DeviceFacts,
+    /// What `grouped_gemm` may use; without it the twin computes.
+    #[cfg(target_arch = "x86_64")]
+    instructions: Option<gemm::Instructions>,
 }
 
 impl Cpu {
@@ -30,12 +41,42 @@ impl Cpu {
                 exact_halves: false,
                 matrix_units: false,
             },
+            #[cfg(target_arch = "x86_64")]
+            instructions: gemm::Instructions::detect(),
         }
     }
 
-    /// A CPU that lowers as another device does, to compare the two step by step.
+    /// A CPU that lowers as another device does, to compare the two step by step: it runs twins only.
     pub fn like(facts: DeviceFacts) -> Self {
-        Self { facts }
+        Self {
+            facts,
+            #[cfg(target_arch = "x86_64")]
+            instructions: None,
+        }
+    }
+
+    /// The products of a GEMM in this machine's vector instructions.
+    #[cfg(target_arch = "x86_64")]
+    fn fast<'a>(&self, operation: &'a Operation) -> Option<(&'a GroupedGemm, gemm::Fast<'a>)> {
+        match operation {
+            Operation::GroupedGemm(kernel) => Some((kernel, gemm::Fast::new(kernel, self.instructions?)?)),
+            Operation::Norm(_)
+            | Operation::TopkRouting(_)
+            | Operation::Assign(_)
+            | Operation::Permute(_)
+            | Operation::Activate(_)
+            | Operation::Quantize(_)
+            | Operation::Amax(_)
+            | Operation::Diagnose(_)
+            | Operation::Combine(_)
+            | Operation::Synthesize(_)
+            | Operation::Stream(_) => None,
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn fast<'a>(&self, _operation: &'a Operation) -> Option<(&'a GroupedGemm, Twin<'a>)> {
+        None
     }
 }
 
@@ -133,7 +174,11 @@ impl Backend for Cpu {
 
     fn bind(&self, kernel: &Operation, slices: &[BufferSlice<'_, Self>]) -> Result<CpuBinding> {
         let bindings = kernel.source().bindings;
-        kernel.reserve(slices.iter().zip(&bindings).map(|(slice, binding)| (binding.name, slice.bytes as usize / 4)));
+        let words = slices.iter().zip(&bindings).map(|(slice, binding)| (binding.name, slice.bytes as usize / 4));
+        match self.fast(kernel) {
+            Some((gemm, products)) => gemm.reserve(&products, words),
+            None => kernel.reserve(words),
+        }
         let slots = bindings.iter().zip(slices).map(|(binding, slice)| {
             let BufferSlice { buffer, offset, bytes } = slice;
             (binding.name, binding.access, (*buffer).clone(), *offset as usize / 4, *bytes as usize / 4)
@@ -173,7 +218,11 @@ impl Backend for Cpu {
                 })
             });
             let slots: ArrayVec<_, MAX_BINDINGS> = slots.collect::<Result<_>>()?;
-            kernel.run(&mut Arguments::new(slots))?;
+            let mut arguments = Arguments::new(slots);
+            match self.fast(kernel) {
+                Some((gemm, products)) => gemm.run_with(&mut arguments, &products)?,
+                None => kernel.run(&mut arguments)?,
+            }
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use arrayvec::ArrayVec;
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::kernels::{MAX_BINDINGS, Operation};
@@ -323,7 +324,9 @@ impl Backend for Cuda {
     }
 
     fn compile_all(&self, operations: &[(&str, &Operation)]) -> Result<Vec<CudaKernel>> {
-        operations.iter().map(|(name, operation)| self.compile(name, operation)).collect()
+        // NVRTC compiles on as many threads as call it; the first refusal in order is the answer.
+        let kernels: Vec<_> = operations.par_iter().map(|(name, operation)| self.compile(name, operation)).collect();
+        kernels.into_iter().collect()
     }
 
     fn bind(&self, kernel: &CudaKernel, slices: &[BufferSlice<'_, Self>]) -> Result<CudaBinding> {

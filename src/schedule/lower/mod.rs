@@ -78,7 +78,7 @@ pub fn lower(
         let mut lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, facts.matrix_units);
         lowering.draft()?;
         if lowering.units && !lowering.fits_units() {
-            // The tiles are those of one kernel.
+            // Tiles of the other kernels' own sizes.
             lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, false);
             lowering.draft()?;
         }
@@ -493,16 +493,16 @@ impl<'a> Lowering<'a> {
         Ok(Step { name, part, operation, buffers, grid })
     }
 
-    /// Whether all of the routed experts' GEMMs, but for adapters', can be on matrix units.
+    /// Whether any of the routed experts' GEMMs, but for adapters', can be on matrix units.
     fn fits_units(&self) -> bool {
-        self.drafts.iter().all(|draft| match draft {
+        self.drafts.iter().any(|draft| match draft {
             Draft::Gemm(gemm) => match gemm.rows {
-                RowSource::Direct { groups: _ } => true,
+                RowSource::Direct { groups: _ } => false,
                 RowSource::Routed { top_k: _, num_slots: _ } => {
-                    gemm.adapter || self.kernel(gemm, gemm.input.values).matrix_units().is_some()
+                    !gemm.adapter && self.kernel(gemm, gemm.input.values).matrix_units().is_some()
                 }
             },
-            Draft::Step(_) | Draft::Permute(_) | Draft::ByBucket(_) => true,
+            Draft::Step(_) | Draft::Permute(_) | Draft::ByBucket(_) => false,
         })
     }
 
@@ -694,31 +694,32 @@ impl<'a> Lowering<'a> {
         for (segment, &(codes, spans)) in placed.buffers.iter().enumerate() {
             let span_rows = matrix.max_span_rows(segment);
             let by_row = |lanes: u32| GEMV_WORKGROUP / lanes * GEMV_ROWS_PER_LANE;
-            let (variant, tile_cols) = match cut {
-                Cut::Gemv | Cut::Pairs | Cut::Quads | Cut::Octets | Cut::Tiles if units => {
-                    let rows = cut.tile_rows(true);
-                    (GemmVariant::Mma { rows }, mma_matrix_rows(rows))
-                }
-                Cut::Gemv => {
+            // The routed experts' GEMMs share their tiles.
+            let rows_of_tile = cut.tile_rows(match rows {
+                RowSource::Direct { groups: _ } => units,
+                RowSource::Routed { top_k: _, num_slots: _ } => self.units,
+            });
+            let (variant, tile_cols) = match (cut, rows_of_tile) {
+                (_, rows) if units => (GemmVariant::Mma { rows }, mma_matrix_rows(rows)),
+                (Cut::Gemv, _) => {
                     let most = if matrix.rows < FEW_MATRIX_ROWS { GEMV_WORKGROUP } else { GEMV_LANES };
                     let lanes = lanes(kernel.vecs_per_row(), most);
                     let tile_rows = by_row(lanes);
                     (GemmVariant::Gemv { workgroup_size: GEMV_WORKGROUP, lanes, tile_rows }, tile_rows as usize)
                 }
-                Cut::Pairs | Cut::Quads | Cut::Octets => {
-                    let rows = cut.tile_rows(false);
+                (Cut::Pairs | Cut::Quads | Cut::Octets, rows @ 0..=8) => {
                     let most = if matrix.rows < FEW_MATRIX_ROWS { 4 * ROWS_LANES } else { ROWS_LANES };
                     let lanes = lanes(kernel.staged_vecs(rows), most);
                     let tile_rows = by_row(lanes);
                     (GemmVariant::Rows { workgroup_size: GEMV_WORKGROUP, lanes, tile_rows, rows }, tile_rows as usize)
                 }
-                Cut::Tiles => (GemmVariant::Tiled, TILE_COLS),
+                (Cut::Pairs | Cut::Quads | Cut::Octets | Cut::Tiles, _) => (GemmVariant::Tiled, TILE_COLS),
             };
             let y = match (variant.tile_rows(), rows) {
                 (None, rows) => Extent::PerToken { items: self.rows_per_token(rows), per: 1, limit },
                 (Some(rows), RowSource::Direct { groups }) => Extent::GroupTiles { groups, rows },
-                (Some(tile_rows), RowSource::Routed { top_k, num_slots }) => {
-                    Extent::Tiles(Permute { num_slots, top_k, tile_rows })
+                (Some(_), RowSource::Routed { top_k, num_slots }) => {
+                    Extent::Tiles(Permute { num_slots, top_k, tile_rows: rows_of_tile })
                 }
             };
             let grid = Grid { x: Extent::Fixed(span_rows.div_ceil(tile_cols)), y };
