@@ -12,8 +12,8 @@
 //! [`Checkpoint`] and [`families`] read a spec and its weights from `config.json` and safetensors or GGUF.
 //! A host whose own kernels do the rest plans the routing alone, [`Plan::routing`], or another stage, [`Plan::stage`].
 //!
-//! The backends are [`Cpu`], which runs each kernel's twin in Rust, and `Wgpu` (feature `wgpu`), which
-//! runs WGSL on a device of the host program.
+//! The backends are [`Cpu`], which runs each kernel's twin in Rust, `Wgpu` (feature `wgpu`), which runs WGSL on a device
+//! of the host program, and `Cuda` (feature `cuda`), which runs on a host's streams and device memory.
 //!
 //! # Example
 //!
@@ -62,6 +62,7 @@
 //! # Features
 //!
 //! - `wgpu` (default): the `Wgpu` backend.
+//! - `cuda`: the `Cuda` backend. Builds anywhere; the driver and NVRTC are found at run time.
 //! - `cli` (default): the tool `moewe` and the module `host`, the only place of the library that waits
 //!   for a device. Programs with a device of their own use `default-features = false`.
 

@@ -100,3 +100,82 @@ fn nvrtc_compiles_kernels_in_cuda() {
         }
     }
 }
+
+#[test]
+fn compiled_code_is_kept_and_a_damaged_file_is_compiled_anew() {
+    let Some(compiler) = compiler("sm_80") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let compiler = compiler.with_cache(Some(folder.path().into()));
+    let text = "extern \"C\" __global__ void kernel(float* at) { *at = 1.0f; }";
+    let elf = |code: Vec<u8>| match code.starts_with(b"\x7fELF") && code.len() > 500 {
+        true => Ok(code),
+        false => Err(moewe::Error::invalid("code", "no machine code", "an ELF file", "compile it")),
+    };
+    let first = compiler.compile("one", text, elf).unwrap();
+    let files = || -> Vec<_> { std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path()).collect() };
+    let [file] = &files()[..] else { panic!("{:?}", files()) };
+    assert_eq!(std::fs::read(file).unwrap(), first);
+    // What is in the file is what comes back, if it is accepted.
+    let mut other = first.clone();
+    other.push(0);
+    std::fs::write(file, &other).unwrap();
+    assert_eq!(compiler.compile("one", text, elf).unwrap(), other);
+    for damage in [&first[..100], &[]] {
+        std::fs::write(file, damage).unwrap();
+        assert_eq!(compiler.compile("one", text, elf).unwrap(), first);
+        assert_eq!(std::fs::read(file).unwrap(), first);
+    }
+    assert_eq!(files().len(), 1);
+    // A folder that cannot be is no fault.
+    let nowhere = compiler.clone().with_cache(Some("/dev/null/nowhere".into()));
+    assert_eq!(nowhere.compile("one", text, elf).unwrap(), first);
+    let said = compiler.compile("two", "no kernel", elf).unwrap_err().to_string();
+    assert!(said.starts_with("cuda: compiling two for sm_80 failed") && said.contains("error"), "{said}");
+}
+
+#[test]
+fn a_machine_without_a_device_is_told_so() {
+    use moewe::Cuda;
+    match Cuda::count() {
+        Err(error) => assert!(error.to_string().contains("libcuda.so"), "{error}"),
+        Ok(count) => {
+            let said = Cuda::open(count).unwrap_err().to_string();
+            assert!(said.contains("below the number of devices"), "{said}");
+        }
+    }
+}
+
+/// Layers of each kind of kernel in CUDA C++, in calls of one, some and many rows.
+#[cfg(feature = "suite-on-cuda")]
+#[test]
+fn repeats_and_graphs_give_the_same_bits() {
+    use moewe::host::Host;
+    use moewe::spec::*;
+    use moewe::{Options, Tokens};
+
+    use crate::rig::{RandomLayer, deepseek_like, gpu};
+
+    for (format, quant) in [
+        (WeightFormat::Bf16, ActivationQuant::None),
+        (WeightFormat::Mxfp4, ActivationQuant::None),
+        (
+            WeightFormat::Fp8Block { block: [128, 128], scale: ScaleFormat::F32 },
+            ActivationQuant::dynamic_fp8(128, ActivationScale::F32),
+        ),
+    ] {
+        let mut spec = deepseek_like();
+        (spec.hidden_size, spec.experts.intermediate_size) = (256, 256);
+        (spec.experts.format, spec.experts.activation_quant) = (format, quant);
+        let layer = RandomLayer::new(spec, 3);
+        for tokens in [1, 7, 200] {
+            let session = layer.on_gpu(tokens, &Options::AUTO);
+            let inputs = layer.all_inputs(tokens, 4);
+            let first = session.run(&inputs.view()).unwrap();
+            for _ in 0..330 {
+                assert_eq!(session.run(&inputs.view()).unwrap().output, first.output, "{format:?}, {tokens} tokens");
+            }
+            gpu().time_rounds(3, 4, &mut |encoder, _| session.bound().record(encoder, &Tokens::Host(tokens))).unwrap();
+            assert_eq!(session.outcome(tokens).unwrap().output, first.output, "{format:?}, {tokens} tokens, captured");
+        }
+    }
+}

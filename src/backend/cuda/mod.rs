@@ -208,6 +208,14 @@ impl Cuda {
         CudaEncoder { stream: self.stream.handle(), _own: Some(Arc::clone(&self.stream)) }
     }
 
+    /// An encoder on a stream of its own, behind all that was recorded on this backend's: other threads may wait for that
+    /// one, which a stream that captures does not allow.
+    fn capturing(&self) -> Result<CudaEncoder> {
+        self.device.wait(self.stream.handle())?;
+        let stream = Arc::new(Stream::new(&self.device)?);
+        Ok(CudaEncoder { stream: stream.handle(), _own: Some(stream) })
+    }
+
     /// Waits for all that was recorded.
     ///
     /// # Errors
@@ -233,17 +241,18 @@ impl Cuda {
         count: usize,
         record: &mut dyn FnMut(&mut CudaEncoder, usize) -> Result<()>,
     ) -> Result<Vec<f64>> {
-        let (mut encoder, mut marks) = (self.encoder(), Vec::with_capacity(count + 1));
-        let graph = self.device.capture(self.stream.handle(), || {
-            marks.push(self.device.event(self.stream.handle())?);
+        let mut encoder = self.capturing()?;
+        let (stream, mut marks) = (encoder.stream, Vec::with_capacity(count + 1));
+        let graph = self.device.capture(stream, || {
+            marks.push(self.device.event(stream)?);
             for at in 0..count {
                 record(&mut encoder, at)?;
-                marks.push(self.device.event(self.stream.handle())?);
+                marks.push(self.device.event(stream)?);
             }
             Ok(())
         })?;
-        self.device.replay(self.stream.handle(), &graph)?;
-        self.device.wait(self.stream.handle())?;
+        self.device.replay(stream, &graph)?;
+        self.device.wait(stream)?;
         marks.windows(2).map(|pair| self.device.seconds(&pair[0], &pair[1])).collect()
     }
 
@@ -257,14 +266,14 @@ impl Cuda {
         replays: usize,
         record: &mut dyn FnMut(&mut CudaEncoder, usize) -> Result<()>,
     ) -> Result<Vec<f64>> {
-        let mut encoder = self.encoder();
-        let graph =
-            self.device.capture(self.stream.handle(), || (0..count).try_for_each(|at| record(&mut encoder, at)))?;
+        let mut encoder = self.capturing()?;
+        let stream = encoder.stream;
+        let graph = self.device.capture(stream, || (0..count).try_for_each(|at| record(&mut encoder, at)))?;
         let one = |_| {
-            let start = self.device.event(self.stream.handle())?;
-            self.device.replay(self.stream.handle(), &graph)?;
-            let end = self.device.event(self.stream.handle())?;
-            self.device.wait(self.stream.handle())?;
+            let start = self.device.event(stream)?;
+            self.device.replay(stream, &graph)?;
+            let end = self.device.event(stream)?;
+            self.device.wait(stream)?;
             Ok(self.device.seconds(&start, &end)? / count.max(1) as f64)
         };
         (0..replays).map(one).collect()
