@@ -2,6 +2,8 @@
 
 #[cfg(feature = "wgpu")]
 mod adapter;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod page;
 
 use std::time::Instant;
@@ -25,7 +27,7 @@ pub fn doctor(options: &DoctorOptions) -> Exit {
     #[cfg(feature = "wgpu")]
     adapter::examine(&mut examination);
     #[cfg(not(feature = "wgpu"))]
-    examination.absent("wgpu");
+    examination.absent("wgpu", "not in this build");
     let cpu = Subject {
         backend: "cpu",
         adapter: None,
@@ -44,19 +46,22 @@ pub fn doctor(options: &DoctorOptions) -> Exit {
         let health = health(&device, &catalogue);
         examination.ended(&cpu, Found::Examined(Box::new(health)));
     }
-    examination.absent("cuda");
+    #[cfg(feature = "cuda")]
+    cuda::examine(&mut examination);
+    #[cfg(not(feature = "cuda"))]
+    examination.absent("cuda", "not in this build");
     examination.exit()
 }
 
 /// Something that layers run on.
-struct Subject {
+struct Subject<'a> {
     backend: &'static str,
     /// As the other commands name it; `None` for a backend without adapters.
     adapter: Option<String>,
     name: String,
     api: Option<String>,
     driver: Option<String>,
-    kind: &'static str,
+    kind: &'a str,
     software: bool,
     features: Vec<Fact>,
     limits: Vec<Fact>,
@@ -79,8 +84,8 @@ enum Found {
     /// It cannot run any layer, and why.
     #[cfg_attr(not(feature = "wgpu"), allow(dead_code, reason = "only adapters may lack something"))]
     CannotRun(String),
-    /// This build has no such backend.
-    NotBuilt,
+    /// This build has no such backend, or this machine nothing for it: which.
+    Absent(String),
 }
 
 struct Health {
@@ -101,7 +106,7 @@ impl Found {
             Self::Examined(health) if health.answers.right() => Some(Status::Pass),
             Self::Examined(_) => Some(Status::Fail),
             Self::CannotRun(_) => Some(Status::Unsupported),
-            Self::NotBuilt => None,
+            Self::Absent(_) => None,
         }
     }
 }
@@ -116,20 +121,20 @@ struct Examination<'a> {
 
 impl Examination<'_> {
     /// Whether `--adapter` takes it.
-    fn wants(&mut self, subject: &Subject) -> bool {
+    fn wants(&mut self, subject: &Subject<'_>) -> bool {
         let name = subject.adapter.as_deref().unwrap_or(subject.backend);
         self.names.push(name.to_owned());
         let part = self.options.adapter.as_ref().map(|part| part.to_lowercase());
         part.is_none_or(|part| name.to_lowercase().contains(&part))
     }
 
-    fn heading(&self, subject: &Subject) {
+    fn heading(&self, subject: &Subject<'_>) {
         if !self.options.json {
             to_stdout(&page::heading(subject));
         }
     }
 
-    fn ended(&mut self, subject: &Subject, found: Found) {
+    fn ended(&mut self, subject: &Subject<'_>, found: Found) {
         to_stdout(&match self.options.json {
             true => format!("{}\n", page::json(subject, &found)),
             false => page::findings(subject, &found),
@@ -147,7 +152,7 @@ impl Examination<'_> {
     }
 
     /// Says that a backend is not there, unless one adapter was asked for.
-    fn absent(&mut self, backend: &'static str) {
+    fn absent(&mut self, backend: &'static str, why: &str) {
         if self.options.adapter.is_none() {
             let subject = Subject {
                 backend,
@@ -155,13 +160,13 @@ impl Examination<'_> {
                 name: backend.into(),
                 api: None,
                 driver: None,
-                kind: "not in this build",
+                kind: why,
                 software: false,
                 features: vec![],
                 limits: vec![],
             };
             self.heading(&subject);
-            self.ended(&subject, Found::NotBuilt);
+            self.ended(&subject, Found::Absent(why.into()));
         }
     }
 

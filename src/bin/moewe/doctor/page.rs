@@ -10,7 +10,7 @@ use crate::bench::{experts_of_a_token, layer};
 use crate::json::{Status, number};
 
 /// What is known before anything ran.
-pub fn heading(subject: &Subject) -> String {
+pub fn heading(subject: &Subject<'_>) -> String {
     let Subject { backend, adapter: _, name, api, driver, kind, software: _, features, limits } = subject;
     let mut text = format!("== {name}\n");
     let on = api.as_ref().map_or_else(String::new, |api| format!(" on {api}"));
@@ -30,7 +30,7 @@ pub fn heading(subject: &Subject) -> String {
 }
 
 /// What it came to.
-pub fn findings(subject: &Subject, found: &Found) -> String {
+pub fn findings(subject: &Subject<'_>, found: &Found) -> String {
     let mut text = String::new();
     if let Found::Examined(health) = found {
         let Health { answers, read_rate, flop_rate, dispatch, seconds } = health.as_ref();
@@ -65,11 +65,11 @@ pub fn findings(subject: &Subject, found: &Found) -> String {
 }
 
 /// In plain words, what matters most first.
-fn verdict(subject: &Subject, found: &Found) -> Vec<String> {
+fn verdict(subject: &Subject<'_>, found: &Found) -> Vec<String> {
     let health = match found {
         Found::Examined(health) => health,
         Found::CannotRun(reason) => return vec![format!("cannot run layers: {reason}")],
-        Found::NotBuilt => return vec!["not in this build".into()],
+        Found::Absent(why) => return vec![why.clone()],
     };
     let Answers { kernels, layers, error: _, tolerance: _, worst: _, complaints: _ } = &health.answers;
     if !health.answers.right() {
@@ -109,12 +109,12 @@ pub fn complaints(found: &Found) -> Vec<String> {
             kernels.iter().filter_map(of).chain(complaints.iter().cloned()).collect()
         }
         Found::CannotRun(reason) => vec![reason.clone()],
-        Found::NotBuilt => vec![],
+        Found::Absent(_) => vec![],
     }
 }
 
 /// One object.
-pub fn json(subject: &Subject, found: &Found) -> Value {
+pub fn json(subject: &Subject<'_>, found: &Found) -> Value {
     let Subject { backend, adapter, name, api, driver, kind, software, features, limits } = subject;
     let facts = |facts: &[Fact]| -> Vec<Value> {
         let one =
@@ -123,7 +123,7 @@ pub fn json(subject: &Subject, found: &Found) -> Value {
     };
     let health = match found {
         Found::Examined(health) => Some(health.as_ref()),
-        Found::CannotRun(_) | Found::NotBuilt => None,
+        Found::CannotRun(_) | Found::Absent(_) => None,
     };
     let kernel = |Kernel { kernel, texts, runs, error, tolerance, complaint }: &Kernel| {
         json!({
@@ -158,7 +158,7 @@ pub fn json(subject: &Subject, found: &Found) -> Value {
         "software": software,
         "status": found.status().unwrap_or(Status::Unsupported).word(),
         "reason": match found {
-            Found::NotBuilt => Some("not in this build".to_owned()),
+            Found::Absent(why) => Some(why.clone()),
             Found::Examined(_) | Found::CannotRun(_) => complaints(found).into_iter().next(),
         },
         "features": facts(features),
@@ -199,7 +199,7 @@ mod tests {
         }))
     }
 
-    fn subject() -> Subject {
+    fn subject() -> Subject<'static> {
         let fact = Fact { name: "f16", value: true.into(), shown: "yes".into(), meaning: "halves".into() };
         Subject {
             backend: "wgpu",
@@ -263,7 +263,8 @@ mod tests {
             (&line["status"], &line["kernels"], &line["layers"]),
             (&"unsupported".into(), &json!([]), &Value::Null)
         );
-        assert_eq!((Found::NotBuilt.status(), complaints(&Found::NotBuilt).len()), (None, 0));
-        expect_all(&findings(&subject(), &Found::NotBuilt), &["not in this build"]);
+        let absent = Found::Absent("not in this build".into());
+        assert_eq!((absent.status(), complaints(&absent).len()), (None, 0));
+        expect_all(&findings(&subject(), &absent), &["not in this build"]);
     }
 }
