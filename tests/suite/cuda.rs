@@ -6,7 +6,7 @@ use fastrand::Rng;
 use moewe::Scope;
 use moewe::backend::cuda::translate::{translate, translate_around};
 use moewe::backend::cuda::{CUDA_THREADS, Compiler};
-use moewe::kernels::Source;
+use moewe::kernels::{Source, Value};
 use moewe::schedule::{DeviceFacts, lower};
 
 use crate::contracts::kernels;
@@ -84,19 +84,27 @@ fn nvrtc_compiles_translated_kernels() {
     }
 }
 
+/// All of them for the card that they were tuned on, where none that claims to be fast may spill; a sample for the oldest
+/// and the newest.
 #[test]
 fn nvrtc_compiles_kernels_in_cuda() {
-    for arch in ["sm_80", "sm_90a", "sm_120a"] {
+    let text = |source: &Source| translate_around(&source.wgsl(), source.cuda().unwrap(), CUDA_THREADS).unwrap().text;
+    let kernels = kernels_in_cuda();
+    if let Some(compiler) = compiler("sm_90a") {
+        // Tiles of 64 rows hold more sums than leave room for all that is read ahead, and do not claim to be fast.
+        let claims = |source: &&Source| !source.constants.contains(&("ROWS", Value::U32(64)));
+        let spills = |source: &&Source| {
+            let said = compiler.resources(source.kernel(), &text(source)).unwrap();
+            assert!(said.contains("registers"), "{said}");
+            !said.contains("0 bytes spill stores, 0 bytes spill loads")
+        };
+        let spilling: Vec<_> = kernels.iter().filter(spills).filter(claims).map(|source| &source.constants).collect();
+        assert!(spilling.is_empty(), "{spilling:?}");
+    }
+    for arch in ["sm_80", "sm_120a"] {
         let Some(compiler) = compiler(arch) else { return };
-        for source in sample(kernels_in_cuda()) {
-            let text = translate_around(&source.wgsl(), source.cuda().unwrap(), CUDA_THREADS).unwrap().text;
-            if let Ok(folder) = std::env::var("MOEWE_DUMP") {
-                use std::hash::{DefaultHasher, Hash, Hasher};
-                let mut hash = DefaultHasher::new();
-                text.hash(&mut hash);
-                std::fs::write(format!("{folder}/{:x}.cu", hash.finish()), &text).unwrap();
-            }
-            compiler.compile(source.kernel(), &text, Ok).unwrap_or_else(|error| panic!("{error}\n{text}"));
+        for source in sample(kernels.iter().collect()) {
+            compiler.compile(source.kernel(), &text(source), Ok).unwrap();
         }
     }
 }

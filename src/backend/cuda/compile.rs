@@ -77,7 +77,7 @@ impl Compiler {
         {
             return Ok(accepted);
         }
-        let code = self.translate(name, text)?;
+        let (code, _) = self.build(name, text, &[])?;
         if let Some(file) = file {
             // Another process may write the same: each moves a whole file into place.
             drop(keep(&file, &code));
@@ -95,8 +95,17 @@ impl Compiler {
         format!("{digits}.cubin")
     }
 
+    /// What the assembler says of a text: registers, shared memory, and what it spills.
+    ///
+    /// # Errors
+    /// What NVRTC says of the text.
+    pub fn resources(&self, name: &str, text: &str) -> Result<String> {
+        self.build(name, text, &["--ptxas-options=-v"]).map(|(_, log)| log)
+    }
+
+    /// Machine code, and what was said of it.
     #[allow(unsafe_code, reason = "NVRTC")]
-    fn translate(&self, name: &str, text: &str) -> Result<Vec<u8>> {
+    fn build(&self, name: &str, text: &str, more: &[&str]) -> Result<(Vec<u8>, String)> {
         let operation = || format!("compiling {name} for {}", self.arch);
         let failed = |error: nvrtc::NvrtcError, log: &str| Error::Device {
             backend: "cuda",
@@ -109,15 +118,16 @@ impl Compiler {
             reason: error.to_string(),
         })?;
         let program = Program(nvrtc::create_program(&text, None).map_err(|error| failed(error, ""))?);
-        let mut options: Vec<String> = OPTIONS.iter().map(|&option| option.into()).collect();
+        let mut options: Vec<String> = OPTIONS.iter().chain(more).map(|&option| option.into()).collect();
         options.push(format!("--gpu-architecture={}", self.arch));
         // SAFETY: the program is live until this frame ends, its text too. No option holds a NUL.
         let compiled = unsafe { nvrtc::compile_program(program.0, &options) };
+        // SAFETY: as above.
+        let log = unsafe { nvrtc::get_program_log(program.0) }.unwrap_or_default();
+        let log: Vec<u8> = log.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
+        let log = String::from_utf8_lossy(&log).trim_end().to_owned();
         if let Err(error) = compiled {
-            // SAFETY: as above.
-            let log = unsafe { nvrtc::get_program_log(program.0) }.unwrap_or_default();
-            let log: Vec<u8> = log.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
-            return Err(failed(error, String::from_utf8_lossy(&log).trim_end()));
+            return Err(failed(error, &log));
         }
         let mut bytes = 0;
         // SAFETY: the program is compiled, and the size is written to this frame.
@@ -127,7 +137,7 @@ impl Compiler {
         unsafe { sys::nvrtcGetCUBIN(program.0, code.as_mut_ptr().cast()) }
             .result()
             .map_err(|error| failed(error, ""))?;
-        Ok(code)
+        Ok((code, log))
     }
 }
 
