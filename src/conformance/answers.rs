@@ -176,6 +176,12 @@ fn candidates() -> Vec<Known> {
     let mut zeros = base();
     zeros.experts.format = WeightFormat::Int4 { group: Some(32), scale, zero_points: true, act_order: false };
     specs.push(("experts.format.Int4.zero_points".into(), zeros));
+    // Blocks as wide as matrix units take them.
+    let mut blocks = base();
+    (blocks.hidden_size, blocks.experts.intermediate_size) = (256, 256);
+    blocks.experts.format = WeightFormat::Fp8Block { block: [128, 128], scale: ScaleFormat::F32 };
+    blocks.experts.activation_quant = ActivationQuant::dynamic_fp8(128, ActivationScale::F32);
+    specs.push(("experts.format.Fp8Block of 128 columns".into(), blocks));
     let mut tensor = base();
     let (rule, scale) = (ScaleRule::FlooredAmaxTimesReciprocal, ActivationScale::F32);
     tensor.experts.activation_quant = ActivationQuant::Dynamic { code, span, rule, scale };

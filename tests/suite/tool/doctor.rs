@@ -64,9 +64,14 @@ fn floor() -> DeviceFacts {
     }
 }
 
+/// What a CUDA device has beside it.
+fn units() -> DeviceFacts {
+    DeviceFacts { exact_halves: true, matrix_units: true, ..floor() }
+}
+
 #[test]
 fn every_kernel_and_fragment_that_a_layer_could_get_is_run() {
-    for facts in [gpu().facts(), floor(), DeviceFacts { exact_halves: true, ..floor() }] {
+    for facts in [gpu().facts(), floor(), DeviceFacts { exact_halves: true, ..floor() }, units()] {
         let (run, reachable) = (Catalogue::new(&facts).pieces(), reachable(&facts));
         let missing: Vec<_> = reachable.difference(&run).collect();
         assert!(missing.is_empty(), "{missing:?}");
@@ -87,11 +92,14 @@ fn what_is_not_run_is_known() {
         }
         for file in std::fs::read_dir(root.join(&stage)).unwrap() {
             let file = file.unwrap().file_name().into_string().unwrap();
-            on_disk.insert(format!("{stage}/{}", file.trim_end_matches(".wgsl")));
+            on_disk.insert(format!("{stage}/{}", file.trim_end_matches(".wgsl").trim_end_matches(".cu")));
         }
     }
-    let run: BTreeSet<String> =
-        Catalogue::new(&floor()).pieces().into_iter().map(|(kernel, _)| kernel.to_owned()).collect();
+    let run: BTreeSet<String> = [floor(), units()]
+        .iter()
+        .flat_map(|facts| Catalogue::new(facts).pieces())
+        .map(|(kernel, _)| kernel.to_owned())
+        .collect();
     assert_eq!(run, on_disk);
 }
 
