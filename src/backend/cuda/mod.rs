@@ -1,6 +1,6 @@
 //! NVIDIA GPUs through the CUDA driver and NVRTC, both found at run time.
 //!
-//! The portable kernels are those of `shaders/`, translated ([`translate`]); kernels of this backend's own are
+//! The portable kernels are those of `shaders/`, translated ([`mod@translate`]); kernels of this backend's own are
 //! `.cu` files beside them. Recording launches on the encoder's stream, which may be the caller's and may be
 //! capturing a graph; it waits for nothing and allocates nothing.
 
