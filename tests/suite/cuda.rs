@@ -57,6 +57,50 @@ fn kernels_in_cuda() -> Vec<Source> {
     found.into_values().collect()
 }
 
+/// A kernel around one statement on `x[0]`.
+fn around(statement: &str) -> String {
+    format!(
+        "@group(0) @binding(0) var<storage, read_write> x: array<f32>;
+        @compute @workgroup_size(32)
+        fn main() {{ {statement} }}"
+    )
+}
+
+#[test]
+fn what_the_translator_lacks_is_refused_by_name() {
+    for (statement, named) in [
+        ("x[0] = sin(x[0]);", "Sin"),
+        ("x[0] = determinant(mat2x2<f32>(x[0], 1.0, 2.0, 3.0));", "Matrix"),
+        ("x[0] = f32(reverseBits(u32(x[0])));", "ReverseBits"),
+    ] {
+        let said = translate(&around(statement)).unwrap_err();
+        assert!(said.contains(named), "{statement}: {said}");
+    }
+    assert!(translate("fn f() {}").unwrap_err().contains("0 entry points"));
+    assert!(translate_around(&around("x[0] = 1.0;"), "", 32).unwrap_err().contains("an entry point beside"));
+    assert!(translate("no wgsl").is_err());
+}
+
+/// C++ leaves open, or defines otherwise, what WGSL says of these.
+#[test]
+fn where_the_languages_differ_wgsl_is_right() {
+    for (statement, wanted) in [
+        // Signed numbers wrap, and counts of shifts are taken modulo 32.
+        ("x[0] = f32(i32(x[0]) + i32(x[1]));", "int(unsigned("),
+        ("x[0] = f32(u32(x[0]) << u32(x[1]));", "& 31u)"),
+        // Conversions saturate.
+        ("x[0] = f32(u32(x[0]));", "__float2uint_rz("),
+        // What follows the body is run by `continue` too.
+        ("for (var i = 0u; i < 4u; i++) { if x[i] > 1.0 { continue; } x[i] = 2.0; }", "goto continuing_0;"),
+        ("x[0] = 0.1;", "__uint_as_float(0x3dcccccd"),
+    ] {
+        let text = translate(&around(statement)).unwrap().text;
+        assert!(text.contains(wanted), "{statement}: {text}");
+    }
+    let text = translate(&around("x[0] = f32(arrayLength(&x));")).unwrap();
+    assert_eq!((text.sized, text.uniform, text.written, text.threads), (vec![0], None, vec![true], [32, 1, 1]));
+}
+
 #[test]
 fn every_kernel_translates_to_cuda() {
     for (wgsl, source) in kernels() {
