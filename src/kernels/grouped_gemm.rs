@@ -383,13 +383,15 @@ impl GroupedGemm {
             | GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
             | GemmVariant::Tiled => None,
         };
-        if direct.is_none() && units.is_none() {
+        // Rows that are read by whole vectors need neither their columns nor their stride.
+        let by_vectors = direct.is_some() || units.is_some();
+        if !by_vectors {
             constants.push(("COLS", Value::U32(self.cols as u32)));
             constants.push(("INPUT_STRIDE", Value::U32(self.input.stride(self.cols) as u32)));
         }
         let mut bindings = vec![
             PARAMS,
-            read("rows", if direct.or(units.map(|_| 0)).is_some() { "array<vec4<u32>>" } else { "array<u32>" }),
+            read("rows", if by_vectors { "array<vec4<u32>>" } else { "array<u32>" }),
             read("segment", "array<vec4<u32>>"),
             read("spans", "array<vec4<u32>>"),
             write("out", "array<f32>"),

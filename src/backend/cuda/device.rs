@@ -212,7 +212,6 @@ impl Device {
         function: &Function,
         blocks: [u32; 3],
         threads: [u32; 3],
-        shared_bytes: u32,
         arguments: &mut [u64],
     ) -> Result<()> {
         let mut pointers: ArrayVec<*mut c_void, { 2 * MAX_BINDINGS }> =
@@ -232,7 +231,8 @@ impl Device {
             blockDimX: threads[0],
             blockDimY: threads[1],
             blockDimZ: threads[2],
-            sharedMemBytes: shared_bytes,
+            // Kernels declare what they share.
+            sharedMemBytes: 0,
             hStream: stream,
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,

@@ -327,7 +327,7 @@ impl Backend for Cuda {
         let source = operation.source();
         let (label, wgsl) = (format!("{} for {name}", source.kernel()), source.wgsl());
         match source.cuda() {
-            None => self.cached(&label, &wgsl, || translate(&wgsl)),
+            None => self.kernel(&label, &wgsl),
             Some(text) => self.cached(&label, &wgsl, || translate_around(&wgsl, text, CUDA_THREADS)),
         }
     }
@@ -384,7 +384,7 @@ impl Backend for Cuda {
             if kernel.may_be_early {
                 arguments.push(u64::from(early));
             }
-            self.device.launch(encoder.stream, &kernel.function, workgroups, kernel.threads, 0, &mut arguments)?;
+            self.device.launch(encoder.stream, &kernel.function, workgroups, kernel.threads, &mut arguments)?;
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 //!
 //! Translates naga's representation of what our kernels use; anything else is refused by name. Every expression
 //! becomes a constant of its own, vectors are computed by component, and a function is given the globals that it uses
-//! as arguments, so that `__restrict__` survives inlining.
+//! as arguments, so that `__restrict__` survives inlining. A long file: one walk over one representation.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
