@@ -87,7 +87,8 @@ pub(crate) fn landed(backend: &'static str, spec: &MoeSpec, scope: Scope) -> Res
         return Ok(());
     }
     match block_scale {
-        BlockScale::Exact => {}
+        // f32 is no narrower than it may be.
+        BlockScale::Exact | BlockScale::Promoted => {}
         BlockScale::Folded => return lacks("precision.block_scale", block_scale, "no folded scales yet"),
     }
     let shared = shared.as_ref().map(|SharedExperts { mlp, gate: _, combination: _ }| mlp);

@@ -1,5 +1,5 @@
 // Nearest E4M3FN code of a magnitude, ties to even, saturated, NaN kept. Twin: numerics::encode_e4m3.
-fn encode_code(sign: u32, magnitude: u32) -> u32 {
+fn nearest_e4m3(magnitude: u32) -> u32 {
     var code = 0x7fu;
     if magnitude <= 0x7f800000u {
         if magnitude >= 0x43e00000u {
@@ -17,5 +17,9 @@ fn encode_code(sign: u32, magnitude: u32) -> u32 {
             }
         }
     }
-    return code | (sign << 7u);
+    return code;
+}
+
+fn encode_code(sign: u32, magnitude: u32) -> u32 {
+    return nearest_e4m3(magnitude) | (sign << 7u);
 }

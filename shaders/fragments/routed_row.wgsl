@@ -3,5 +3,5 @@ fn is_missed(token: u32) -> bool {
 }
 
 fn routed_sum(token: u32, col: u32) -> f32 {
-    return expert_out[token * HIDDEN_SIZE + col];
+    return expert_value(token * HIDDEN_SIZE + col);
 }

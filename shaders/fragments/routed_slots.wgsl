@@ -16,7 +16,7 @@ fn routed_sum(token: u32, col: u32) -> f32 {
         let slot = token * TOP_K + u32(previous);
         let chosen = row_slots[slot];
         // Read whether it counts or not, so that the reads of all slots are under way together.
-        let row = expert_out[slot * HIDDEN_SIZE + col];
+        let row = expert_value(slot * HIDDEN_SIZE + col);
         if chosen >= i32(NUM_SLOTS) {
             sum = add_zero_expert(sum, slot, token * HIDDEN_SIZE + col);
         } else if chosen >= 0 {

@@ -83,9 +83,12 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         }
     }
     let count = row_scan[WORKGROUP - 1u];
-    for (var tile = index; tile * TILE_M < count; tile += WORKGROUP) {
-        let done = tile * TILE_M;
-        tiles[1u + first_tile + tile] = vec4<u32>(own, first_row + done, min(TILE_M, count - done), 0u);
+    // As few tiles as can be, of one height but for the last.
+    let tile_count = max((count + TILE_M - 1u) / TILE_M, 1u);
+    let height = (count + tile_count - 1u) / tile_count;
+    for (var tile = index; tile * height < count; tile += WORKGROUP) {
+        let done = tile * height;
+        tiles[1u + first_tile + tile] = vec4<u32>(own, first_row + done, min(height, count - done), 0u);
     }
     if own == 0u && index == 0u {
         tiles[0] = vec4<u32>(tile_scan[WORKGROUP - 1u], 0u, 0u, 0u);

@@ -4,7 +4,7 @@
 use crate::backend::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::host::{Host, Session, decode};
-use crate::kernels::{Access, Operation, ValueSource};
+use crate::kernels::{Access, GemmVariant, GroupedGemm, Operation, RowValues, ValueSource};
 use crate::plan::{Backend as _, Tokens};
 use crate::reference::Inputs;
 use crate::schedule::{Buffer, Contents};
@@ -15,6 +15,8 @@ use super::trial::rounds;
 /// Rounding errors of an f32 sum of n terms of size 1 walk at random: sqrt(n) times half an ulp of the sum, some
 /// sixteen times that at worst over a whole buffer. Relative to the row's largest value, or 1.
 const SUM_TOLERANCE: f64 = 16.0 * 6e-8;
+/// Of a sum whose blocks are kept by FP8 units ([`BlockScale::Promoted`](crate::spec::BlockScale)).
+const PROMOTED_TOLERANCE: f64 = 1.0 / 512.0;
 /// One `exp` and a division in WGSL: 3 + 2|x| and 2.5 ulp, |x| below 10. Likewise relative.
 const SCORE_TOLERANCE: f64 = 3e-6;
 /// Scales behind an activation, relative.
@@ -137,18 +139,30 @@ fn judge(operation: &Operation, spec: &MoeSpec, buffer: &Buffer, want: &[u32], f
         | Operation::Stream(_) => return exact(want, found),
         Operation::TopkRouting(_) if buffer.contents == Contents::TopkIds => return exact(want, found),
         Operation::TopkRouting(_) | Operation::Activate(_) => (SCORE_TOLERANCE, all),
-        Operation::GroupedGemm(gemm) => (sum_tolerance(gemm.cols), gemm.features()),
+        Operation::GroupedGemm(gemm) => (product_tolerance(gemm), gemm.features()),
         Operation::Norm(norm) => (sum_tolerance(norm.cols), norm.cols),
         Operation::Combine(_) => (sum_tolerance(16), all),
     };
     // What leaves the layer has the output's type, all else is f32, rounded to the model's type where the spec says.
-    let (held, step) = match buffer.contents {
-        Contents::Output => (spec.precision.output, spec.precision.output),
+    let (held, step) = match (buffer.contents, operation) {
+        (Contents::Output, _) => (spec.precision.output, spec.precision.output),
+        (_, Operation::GroupedGemm(gemm)) if gemm.stored != FloatType::F32 => (gemm.stored, gemm.stored),
         _ if rounds(spec) => (FloatType::F32, spec.precision.model),
         _ => (FloatType::F32, FloatType::F32),
     };
     let count = want.len() * (4 / held.bytes());
     floats(&decode(held, want, count), &decode(held, found, count), width, tolerance, step)
+}
+
+/// Of codes, matrix units of warpgroups keep 13 bits behind the largest product of a block, whose magnitude a sum of
+/// many blocks need not have.
+fn product_tolerance(gemm: &GroupedGemm) -> f64 {
+    match (gemm.variant, gemm.input) {
+        (GemmVariant::Wgmma { rows: _, matrix_blocks: _ }, RowValues::Codes { code: _, group: _, scales: _ }) => {
+            PROMOTED_TOLERANCE
+        }
+        _ => sum_tolerance(gemm.cols),
+    }
 }
 
 fn sum_tolerance(terms: usize) -> f64 {

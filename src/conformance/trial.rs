@@ -71,7 +71,7 @@ pub(super) fn rounds(spec: &MoeSpec) -> bool {
         activation,
         combine,
         combine_order: CombineOrder::Slot | CombineOrder::Expert,
-        block_scale: BlockScale::Exact | BlockScale::Folded,
+        block_scale: BlockScale::Exact | BlockScale::Promoted | BlockScale::Folded,
     } = &spec.precision;
     let adapters = match &spec.lora {
         Some(Lora { num_adapters: _, rank: _, format: _, delta: LoraDelta::Model }) => true,

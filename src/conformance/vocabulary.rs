@@ -238,7 +238,7 @@ enums! {
     ActivationRounding { F32, Fused, Torch, }
     CombineRounding { F32, WeightedRows, EveryStep, }
     CombineOrder { Slot, Expert, }
-    BlockScale { Exact, Folded, }
+    BlockScale { Exact, Promoted, Folded, }
     WeightFormat {
         F32,
         F16,

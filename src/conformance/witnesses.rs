@@ -795,6 +795,7 @@ impl List {
         self.pair("precision.combine_order.Expert", order, CombineOrder::Slot, CombineOrder::Expert);
         let scales = |spec: &mut MoeSpec, scales| spec.precision.block_scale = scales;
         self.pair("precision.block_scale.Exact", scales, BlockScale::Folded, BlockScale::Exact);
+        self.pair("precision.block_scale.Promoted", scales, BlockScale::Folded, BlockScale::Promoted);
         self.pair("precision.block_scale.Folded", scales, BlockScale::Exact, BlockScale::Folded);
     }
 }

@@ -21,6 +21,8 @@ pub struct Combine {
     pub hidden_size: usize,
     /// What is summed.
     pub routed: Routed,
+    /// Type of `expert_out`: f32, or bf16 of rows that are weighted and rounded to it.
+    pub rows: FloatType,
     /// rho if it acts here, else 1.
     pub output_scale: f32,
     /// Whether a bias is added to the routed sum.
@@ -83,13 +85,18 @@ pub enum SharedFactor {
 
 impl Combine {
     pub(super) fn source(&self) -> Source {
-        let Self { hidden_size, routed, output_scale, output_bias, shared, rounding, model, output } = self;
+        let Self { hidden_size, routed, rows, output_scale, output_bias, shared, rounding, model, output } = self;
         let mut constants = vec![
             ("HIDDEN_SIZE", Value::U32(*hidden_size as u32)),
             ("ROUTED_SCALING_FACTOR", Value::F32(*output_scale)),
         ];
         let mut bindings = vec![PARAMS];
         let mut fragments = vec![shader!("fragments/params.wgsl")];
+        let (expert_out, expert_value) = match rows {
+            FloatType::Bf16 => ("array<u32>", shader!("fragments/expert_out_bf16.wgsl")),
+            FloatType::F32 | FloatType::F16 => ("array<f32>", shader!("fragments/expert_out_f32.wgsl")),
+        };
+        fragments.push(expert_value);
         match rounding {
             CombineRounding::F32 => fragments.push(shader!("fragments/sum_f32.wgsl")),
             CombineRounding::WeightedRows => {
@@ -138,7 +145,7 @@ impl Combine {
             }
             Routed::Row => fragments.push(shader!("fragments/routed_row.wgsl")),
         }
-        bindings.push(read("expert_out", "array<f32>"));
+        bindings.push(read("expert_out", expert_out));
         match output_bias {
             true => {
                 bindings.push(read("output_bias", "array<f32>"));
@@ -186,10 +193,34 @@ impl Combine {
         Source { constants, bindings, fragments: unique(fragments) }
     }
 
+    /// The same sum of rows that are weighted and rounded to bf16 already; none where weights do not act here.
+    pub fn of_weighted_rows(&self) -> Option<Self> {
+        let routed = match self.routed {
+            Routed::Slots { num_slots, selectable, top_k, weighted: true, identity: None, order, slots_in_order } => {
+                Routed::Slots { num_slots, selectable, top_k, weighted: false, identity: None, order, slots_in_order }
+            }
+            Routed::Slots {
+                num_slots: _,
+                selectable: _,
+                top_k: _,
+                weighted: true | false,
+                identity: _,
+                order: _,
+                slots_in_order: _,
+            }
+            | Routed::Row => return None,
+        };
+        Some(Self { routed, rows: FloatType::Bf16, ..self.clone() })
+    }
+
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {
         let tokens = arguments.tokens()?;
         let values = tokens * self.hidden_size;
-        let expert_out = arguments.read_f32("expert_out")?;
+        let words = arguments.read("expert_out")?;
+        let expert_value = |at: usize| match self.rows {
+            FloatType::Bf16 => decode_value(words, FloatType::Bf16, at),
+            FloatType::F32 | FloatType::F16 => f32::from_bits(words[at]),
+        };
         let bias = if self.output_bias { Some(arguments.read_f32("output_bias")?) } else { None };
         let routed = SlotRows::read(&self.routed, arguments)?;
         let shared = match &self.shared {
@@ -207,14 +238,14 @@ impl Combine {
         let value = |at: usize| {
             let (token, col) = (at / self.hidden_size, at % self.hidden_size);
             let sum = match &routed {
-                None => expert_out[at],
+                None => expert_value(at),
                 Some(rows) if rows.missed(token) => return f32::NAN,
                 Some(rows) => {
                     let (mut sum, mut last) = (0.0, None);
                     while let Some(slot) = rows.next(token, last) {
                         if let Some((weight, from)) = rows.of(slot) {
                             let value = match from {
-                                SlotFrom::Expert(row) => expert_out[row * self.hidden_size + col],
+                                SlotFrom::Expert(row) => expert_value(row * self.hidden_size + col),
                                 SlotFrom::Identity(input, words) => decode_value(words, input, at),
                             };
                             sum = self.step(sum + self.weighted(weight, value));

@@ -13,8 +13,8 @@ use rayon::prelude::*;
 use super::pack::{PackedBlocks, PackedMatrix, SPAN_WORDS};
 use super::quantize::ScaleLayout;
 use super::{
-    Access, Arguments, Binding, Fragment, PARAMS, Source, Value, decode_value, input_fragments, read, round_fragments,
-    shader, unique, write,
+    Access, Arguments, Binding, Fragment, PARAMS, Source, Value, cuda_blocks, decode_value, input_fragments, read,
+    round_fragments, shader, unique, write,
 };
 use crate::error::Result;
 use crate::numerics;
@@ -41,6 +41,19 @@ fn mma_warps_by_columns(rows: usize) -> usize {
 /// Matrix rows of a block on matrix units: 32 a warp.
 pub fn mma_matrix_rows(rows: usize) -> usize {
     32 * MMA_WARPS / mma_warps_by_columns(rows)
+}
+
+/// Warpgroups of a block that multiply; one more copies.
+const WGMMA_MULTIPLIERS: u32 = 2;
+/// Rows of results that a warpgroup puts in order at once, where they are bf16: 16 bytes more than its 64 columns each.
+const WGMMA_ORDERED_BYTES: usize = 32 * (128 + 16);
+/// Bytes that the blocks of a multiprocessor share, less what the device takes of each and what they may lose to alignment.
+const WGMMA_SHARED_BYTES: usize = 224 << 10;
+
+/// Blocks of a multiprocessor on matrix units of warpgroups: one finishes while the other multiplies, where there is
+/// room for two.
+pub fn wgmma_blocks(rows: usize) -> usize {
+    if rows <= 64 { 2 } else { 1 }
 }
 
 /// Vectors of 4 columns that the gemv kernel stages at once: 8 KiB.
@@ -95,6 +108,14 @@ pub enum GemmVariant {
         /// Rows of a group: a multiple of 8, at most 64.
         rows: usize,
     },
+    /// As many blocks as the device holds for some rows of a group and 128 matrix rows each, again and again, on matrix
+    /// units of warpgroups: CUDA alone.
+    Wgmma {
+        /// Rows of a group: 16, 32, 64 or 160.
+        rows: usize,
+        /// Blocks of [`GroupedGemm::wgmma_matrix_rows`] matrix rows.
+        matrix_blocks: usize,
+    },
 }
 
 impl GemmVariant {
@@ -104,7 +125,7 @@ impl GemmVariant {
             Self::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } => None,
             Self::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows } => Some(rows),
             Self::Tiled => Some(TILE_ROWS),
-            Self::Mma { rows } => Some(rows),
+            Self::Mma { rows } | Self::Wgmma { rows, matrix_blocks: _ } => Some(rows),
         }
     }
 }
@@ -195,6 +216,8 @@ pub enum Epilogue {
     AddState,
     /// The erf GELU of each.
     GeluErf,
+    /// Times the routing weight, rounded to T.
+    Weighted,
     /// Gate and up to what the second GEMM reads.
     Activation(Activated),
 }
@@ -259,7 +282,7 @@ impl GroupedGemm {
     fn feature_rows(&self) -> usize {
         match self.epilogue {
             Epilogue::Activation(_) => self.pair,
-            Epilogue::Sums | Epilogue::AddState | Epilogue::GeluErf => 1,
+            Epilogue::Sums | Epilogue::AddState | Epilogue::GeluErf | Epilogue::Weighted => 1,
         }
     }
 
@@ -342,6 +365,36 @@ impl GroupedGemm {
         }
     }
 
+    /// Whether the kernel on matrix units of warpgroups can read the operands: rows as they lie in memory; codes with a
+    /// scale for each 128 columns of a row, and f32 scales that the matrix rows of a warpgroup share, or those of gate and
+    /// those of up among them.
+    pub fn fits_warpgroups(&self) -> bool {
+        let Some(MatrixUnits { weights: _, input_f32, inputs_per_vec: _, sum_cols }) = self.matrix_units() else {
+            return false;
+        };
+        match self.input {
+            RowValues::Floats(_) => !input_f32,
+            RowValues::Codes { code: _, group, scales } => {
+                let by_group = match scales {
+                    ScaleLayout::RowMajor | ScaleLayout::ColumnMajor { stride: _ } => group == Some(128),
+                    ScaleLayout::Packed => false,
+                };
+                let shared = self.layout().blocks().is_some_and(|blocks| {
+                    blocks.scale == PackedScale::F32 && (blocks.rows * self.pair).is_multiple_of(64)
+                });
+                by_group && shared && sum_cols == 128
+            }
+        }
+    }
+
+    /// Matrix rows of a block on matrix units of warpgroups: as many as the registers of two hold the sums of.
+    pub fn wgmma_matrix_rows(&self, rows: usize) -> usize {
+        match self.parts.code {
+            Code::Bf16 if wgmma_blocks(rows) == 1 => 256,
+            Code::F32 | Code::F16 | Code::Bf16 | Code::E4m3 | Code::E2m1 | Code::Int8 | Code::Int4 | Code::Uint4 => 128,
+        }
+    }
+
     fn rows_per_token(&self) -> usize {
         match self.rows {
             RowSource::Direct { groups } => groups,
@@ -375,10 +428,11 @@ impl GroupedGemm {
             GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } => self.input_vecs(),
             GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
             | GemmVariant::Tiled
-            | GemmVariant::Mma { rows: _ } => None,
+            | GemmVariant::Mma { rows: _ }
+            | GemmVariant::Wgmma { rows: _, matrix_blocks: _ } => None,
         };
         let units = match self.variant {
-            GemmVariant::Mma { rows: _ } => self.matrix_units(),
+            GemmVariant::Mma { rows: _ } | GemmVariant::Wgmma { rows: _, matrix_blocks: _ } => self.matrix_units(),
             GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ }
             | GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
             | GemmVariant::Tiled => None,
@@ -457,6 +511,10 @@ impl GroupedGemm {
             }
             Epilogue::GeluErf => {
                 fragments.extend([shader!("fragments/gelu_erf.wgsl"), shader!("fragments/epilogue_gelu.wgsl")]);
+            }
+            Epilogue::Weighted => {
+                fragments.push(shader!("fragments/epilogue_weighted.wgsl"));
+                weighted = true;
             }
             Epilogue::Activation(activated) => {
                 fragments.extend(activated.fragments(&mut constants));
@@ -544,8 +602,69 @@ impl GroupedGemm {
                 constants.push(("WARPS_BY_COLUMNS", Value::U32(mma_warps_by_columns(rows) as u32)));
                 constants.push(("STORE_BF16", Value::Bool(self.stored == FloatType::Bf16)));
                 constants.push(("PAIR", Value::U32(self.pair as u32)));
+                constants.extend(cuda_blocks(32 * MMA_WARPS as u32));
                 tile_source(source, rows, &mut constants, &mut bindings, &mut fragments);
                 fragments.push(shader!("grouped_gemm/mma.cu"));
+            }
+            (GemmVariant::Wgmma { rows, matrix_blocks }, source) => {
+                // As above.
+                let MatrixUnits { weights, input_f32: _, inputs_per_vec: _, sum_cols: _ } = units.unwrap_or_default();
+                let blocks = wgmma_blocks(rows);
+                let shared_bytes = WGMMA_SHARED_BYTES / blocks;
+                let ordered_bytes = match self.stored {
+                    FloatType::Bf16 => WGMMA_ORDERED_BYTES * WGMMA_MULTIPLIERS as usize,
+                    FloatType::F32 | FloatType::F16 => 0,
+                };
+                // A row and its weight, for each warpgroup.
+                let listed_bytes = 8 * rows * WGMMA_MULTIPLIERS as usize;
+                let height = self.wgmma_matrix_rows(rows);
+                let [weight_bytes, input_bytes, scales] = match weights {
+                    2 => [64, 256, height],
+                    _ => [128, 128, rows + 8],
+                };
+                // Two barriers a stage; a ring begins at a multiple of 1 KiB.
+                let stage = height * weight_bytes + rows * input_bytes + 4 * scales + 16;
+                // What a multiprocessor has, between those who copy and those who hold sums.
+                let [of_copiers, of_multipliers] = match rows {
+                    0..=32 => [64, 88],
+                    33..=64 => [48, 96],
+                    _ => [56, 224],
+                };
+                let [scale_column, scale_row] = match self.input {
+                    RowValues::Floats(_) => [0, 0],
+                    RowValues::Codes { code: _, group, scales } => match (group, scales) {
+                        (Some(_), ScaleLayout::ColumnMajor { stride }) => [stride, 1],
+                        (Some(group), ScaleLayout::RowMajor | ScaleLayout::Packed) => [1, self.cols.div_ceil(group)],
+                        (None, _) => [0, 0],
+                    },
+                };
+                constants.push(("THREADS", Value::U32(128 * (1 + WGMMA_MULTIPLIERS))));
+                constants.push(("MULTIPLIERS", Value::U32(WGMMA_MULTIPLIERS)));
+                constants.push(("BLOCKS", Value::U32(blocks as u32)));
+                constants.push(("SHARED_BYTES", Value::U32(shared_bytes as u32)));
+                constants.push((
+                    "STAGES",
+                    Value::U32(((shared_bytes - 1024 - ordered_bytes - listed_bytes) / stage) as u32),
+                ));
+                constants.push(("COPIER_REGISTERS", Value::U32(of_copiers)));
+                constants.push(("REGISTERS", Value::U32(of_multipliers)));
+                constants.push(("ROWS", Value::U32(rows as u32)));
+                constants.push(("HEIGHT", Value::U32(height as u32)));
+                constants.push(("MATRIX_BLOCKS", Value::U32(matrix_blocks as u32)));
+                constants.push(("WEIGHT_KIND", Value::U32(weights)));
+                constants.push(("INPUT_SCALE_COLUMN", Value::U32(scale_column as u32)));
+                constants.push(("INPUT_SCALE_ROW", Value::U32(scale_row as u32)));
+                constants.push(("STORE_BF16", Value::Bool(self.stored == FloatType::Bf16)));
+                constants.push(("PAIR", Value::U32(self.pair as u32)));
+                constants.push(("WEIGHTED_ROWS", Value::Bool(self.epilogue == Epilogue::Weighted)));
+                fragments.push(match self.epilogue {
+                    Epilogue::Weighted => shader!("fragments/topk_weight.wgsl"),
+                    Epilogue::Sums | Epilogue::AddState | Epilogue::GeluErf | Epilogue::Activation(_) => {
+                        shader!("fragments/topk_weight_none.wgsl")
+                    }
+                });
+                tile_source(source, rows, &mut constants, &mut bindings, &mut fragments);
+                fragments.push(shader!("grouped_gemm/wgmma.cu"));
             }
         }
         Source { constants, bindings, fragments: unique(fragments) }
@@ -645,7 +764,8 @@ impl GroupedGemm {
                 GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ }
                 | GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
                 | GemmVariant::Tiled
-                | GemmVariant::Mma { rows: _ },
+                | GemmVariant::Mma { rows: _ }
+                | GemmVariant::Wgmma { rows: _, matrix_blocks: _ },
                 RowSource::Direct { groups },
             ) => slots.extend((0..arguments.tokens()? * groups).map(|row| (row % groups) as i32)),
             (
@@ -658,7 +778,8 @@ impl GroupedGemm {
             (
                 GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
                 | GemmVariant::Tiled
-                | GemmVariant::Mma { rows: _ },
+                | GemmVariant::Mma { rows: _ }
+                | GemmVariant::Wgmma { rows: _, matrix_blocks: _ },
                 RowSource::Routed { top_k: _, num_slots: _ },
             ) => {
                 let sorted_rows = arguments.read("sorted_rows")?;
@@ -970,6 +1091,7 @@ impl<'a> EpilogueInputs<'a> {
                 let states = arguments.read_f32("previous_router_states")?;
                 inputs.states = Some((states, arguments.read_f32("router_states_scale")?));
             }
+            Epilogue::Weighted => inputs.weights = Some(arguments.read_f32("topk_weights")?),
             Epilogue::Activation(activated) => {
                 if activated.weighted {
                     inputs.weights = Some(arguments.read_f32("topk_weights")?);
@@ -1008,6 +1130,10 @@ impl GroupedGemm {
                 .states
                 .map_or(f32::NAN, |(states, scale)| first + states[row * self.features() + feature] * scale[feature]),
             Epilogue::GeluErf => numerics::gelu_erf(first),
+            Epilogue::Weighted => {
+                let weight = inputs.weights.map_or(f32::NAN, |weights| weights[row]);
+                numerics::round_to(self.model, weight * first)
+            }
             Epilogue::Activation(activation) => {
                 let weight = inputs.weights.map(|weights| weights[row]);
                 activation.apply(self.model, [first, sums[self.pair - 1]], weight)

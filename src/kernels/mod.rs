@@ -351,6 +351,11 @@ fn round_fragments(model: FloatType) -> Vec<Fragment> {
     }
 }
 
+/// What a kernel in CUDA C++ says of its blocks, where they share no more than its text declares.
+fn cuda_blocks(threads: u32) -> [(&'static str, Value); 3] {
+    [("THREADS", Value::U32(threads)), ("BLOCKS", Value::U32(1)), ("SHARED_BYTES", Value::U32(0))]
+}
+
 /// Each fragment once, where it is first needed.
 fn unique(fragments: Vec<Fragment>) -> Vec<Fragment> {
     let mut once: Vec<Fragment> = Vec::with_capacity(fragments.len());

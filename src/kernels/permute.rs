@@ -1,9 +1,9 @@
 //! `permute`: rows in order of slot, stable, and the list of tiles that the tiled GEMM walks.
 //!
 //! `row_slots` `[rows]` to `sorted_rows` `[rows]` and `tiles` [1 + tiles] of (slot, first position, rows, 0),
-//! where `tiles[0].x` counts the rest. Slots outside `0..num_slots` are left out. Exact.
+//! where `tiles[0].x` counts the rest; the tiles of a slot are as few as they can be, and of one height but for the last. Slots outside `0..num_slots` are left out. Exact.
 
-use super::{Arguments, PARAMS, Source, Value, read, shader, write};
+use super::{Arguments, PARAMS, Source, Value, cuda_blocks, read, shader, write};
 use crate::error::Result;
 
 /// See the module.
@@ -15,6 +15,8 @@ pub struct Permute {
     pub top_k: usize,
     /// Most rows of a tile.
     pub tile_rows: usize,
+    /// Whether warps count and rank by votes: CUDA.
+    pub warps: bool,
 }
 
 impl Permute {
@@ -29,20 +31,27 @@ impl Permute {
     }
 
     pub(super) fn source(&self) -> Source {
-        let Self { num_slots, top_k, tile_rows } = self;
+        let Self { num_slots, top_k, tile_rows, warps } = self;
+        let mut constants = vec![
+            ("NUM_SLOTS", Value::U32(*num_slots as u32)),
+            ("ROWS_PER_TOKEN", Value::U32(*top_k as u32)),
+            ("TILE_M", Value::U32(*tile_rows as u32)),
+        ];
+        if *warps {
+            constants.extend(cuda_blocks(512));
+        }
         Source {
-            constants: vec![
-                ("NUM_SLOTS", Value::U32(*num_slots as u32)),
-                ("ROWS_PER_TOKEN", Value::U32(*top_k as u32)),
-                ("TILE_M", Value::U32(*tile_rows as u32)),
-            ],
+            constants,
             bindings: vec![
                 PARAMS,
                 read("row_slots", "array<i32>"),
                 write("sorted_rows", "array<u32>"),
                 write("tiles", "array<vec4<u32>>"),
             ],
-            fragments: vec![shader!("fragments/params.wgsl"), shader!("permute/stable.wgsl")],
+            fragments: vec![
+                shader!("fragments/params.wgsl"),
+                if *warps { shader!("permute/stable.cu") } else { shader!("permute/stable.wgsl") },
+            ],
         }
     }
 
@@ -58,9 +67,11 @@ impl Permute {
                 sorted_rows[position] = row as u32;
                 position += 1;
             }
-            for begin in (first..position).step_by(self.tile_rows) {
+            let of_slot = position - first;
+            let tiles_of_slot = of_slot.div_ceil(self.tile_rows);
+            for begin in (first..position).step_by(of_slot.div_ceil(tiles_of_slot.max(1)).max(1)) {
                 count += 1;
-                let rows = self.tile_rows.min(position - begin);
+                let rows = of_slot.div_ceil(tiles_of_slot).min(position - begin);
                 let tile = [slot as u32, begin as u32, rows as u32, 0];
                 tiles[4 * count..4 * count + 4].copy_from_slice(&tile);
             }

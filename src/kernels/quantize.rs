@@ -7,7 +7,8 @@ use rayon::prelude::*;
 
 use super::grouped_gemm::Activated;
 use super::{
-    Arguments, PARAMS, Source, Value, decode_value, input_fragments, read, round_fragments, shader, unique, write,
+    Arguments, PARAMS, Source, Value, cuda_blocks, decode_value, input_fragments, read, round_fragments, shader,
+    unique, write,
 };
 use crate::error::Result;
 use crate::numerics::{self, SpanScale};
@@ -15,6 +16,8 @@ use crate::spec::{ActivationCode, ActivationScale, FloatType, Rounding, ScaleRul
 
 /// Maxima that [`Amax`] leaves, one a workgroup.
 pub const AMAX_PARTS: usize = 64;
+/// Warps of a block, where each takes a span.
+pub const QUANTIZE_WARPS: usize = 8;
 /// Invocations of a workgroup for a span.
 const MAX_WORKGROUP: usize = 256;
 
@@ -133,6 +136,8 @@ pub struct Quantize {
     pub scale: RowScale,
     /// T, where anything is rounded.
     pub model: FloatType,
+    /// Whether a warp takes a span: CUDA.
+    pub warps: bool,
 }
 
 /// The largest magnitudes of all rows, for a scale of the whole tensor: u32 `[AMAX_PARTS]`, bits of f32.
@@ -231,6 +236,14 @@ impl Quantize {
         self.cols.div_ceil(4)
     }
 
+    /// Whether a warp can take a span: scales in words of their own.
+    pub fn fits_warps(&self) -> bool {
+        match self.scale {
+            RowScale::Span { group: _, rule: _, scale: _, layout } => layout != ScaleLayout::Packed,
+            RowScale::Tensor { rule: _, scale: _ } | RowScale::Fixed(_) => false,
+        }
+    }
+
     /// Spans of a row, and how many a workgroup takes.
     pub fn spans(&self) -> [usize; 2] {
         match self.scale {
@@ -258,11 +271,15 @@ impl Quantize {
                 rule_fragments(self.code, rule, scale, &mut constants, &mut fragments);
                 let [spans, per_workgroup] = self.spans();
                 let span_words = group.unwrap_or(self.cols).div_ceil(4);
-                let workgroup = span_words.next_power_of_two().clamp(16, MAX_WORKGROUP);
                 constants.push(("SPANS", Value::U32(spans as u32)));
                 constants.push(("SPAN_WORDS", Value::U32(span_words as u32)));
-                constants.push(("SPANS_PER_WORKGROUP", Value::U32(per_workgroup as u32)));
-                constants.push(("WORKGROUP_SIZE", Value::U32(workgroup as u32)));
+                if self.warps {
+                    constants.extend(cuda_blocks(32 * QUANTIZE_WARPS as u32));
+                } else {
+                    let workgroup = span_words.next_power_of_two().clamp(16, MAX_WORKGROUP);
+                    constants.push(("SPANS_PER_WORKGROUP", Value::U32(per_workgroup as u32)));
+                    constants.push(("WORKGROUP_SIZE", Value::U32(workgroup as u32)));
+                }
                 fragments.push(match layout {
                     ScaleLayout::RowMajor => shader!("fragments/store_scale_row_major.wgsl"),
                     ScaleLayout::ColumnMajor { stride } => {
@@ -271,7 +288,10 @@ impl Quantize {
                     }
                     ScaleLayout::Packed => shader!("fragments/store_scale_packed.wgsl"),
                 });
-                fragments.extend([shader!("fragments/code_word.wgsl"), shader!("quantize/spans.wgsl")]);
+                fragments.extend(match self.warps {
+                    true => vec![shader!("quantize/spans.cu")],
+                    false => vec![shader!("fragments/code_word.wgsl"), shader!("quantize/spans.wgsl")],
+                });
             }
             RowScale::Tensor { rule, scale } => {
                 rule_fragments(self.code, rule, scale, &mut constants, &mut fragments);

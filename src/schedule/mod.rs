@@ -4,7 +4,8 @@
 
 use crate::kernels::grouped_gemm::TILE_ROWS;
 use crate::kernels::pack::PackedMatrix;
-use crate::kernels::{Operation, Permute};
+use crate::kernels::quantize::QUANTIZE_WARPS;
+use crate::kernels::{Operation, Permute, Quantize};
 use crate::support::Scope;
 
 mod lower;
@@ -27,8 +28,43 @@ pub struct DeviceFacts {
     /// Whether the device has proved that it unpacks each binary16 exactly, subnormals and NaN included: what WGSL
     /// leaves to it.
     pub exact_halves: bool,
-    /// Whether warps multiply tiles of 16 x 8 x 16 on matrix units: CUDA.
-    pub matrix_units: bool,
+    /// Its matrix units.
+    pub matrix_units: Units,
+}
+
+/// Matrix units of a device, as its kernels can use them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Units {
+    /// None.
+    None,
+    /// Those of a warp, which multiply tiles of 16 x 8 x 16: CUDA.
+    Warps,
+    /// Besides, those of four warps, which multiply 64 matrix rows by up to 256 rows: compute capability 9.0.
+    Warpgroups {
+        /// Multiprocessors that have them.
+        multiprocessors: usize,
+    },
+}
+
+/// How a device quantises, and by how many blocks or workgroups.
+fn quantize_by(mut quantize: Quantize, facts: &DeviceFacts) -> (Quantize, Grid) {
+    let [spans, per_workgroup] = quantize.spans();
+    quantize.warps = facts.matrix_units != Units::None && quantize.fits_warps();
+    let limit = facts.max_workgroups as usize;
+    let grid = match quantize.warps {
+        true => {
+            let items = quantize.rows_per_token * spans;
+            Grid {
+                x: Extent::PerToken { items, per: QUANTIZE_WARPS, limit: limit.min(QUANTIZE_BLOCKS) },
+                y: Extent::Fixed(1),
+            }
+        }
+        false => {
+            let y = Extent::PerToken { items: quantize.rows_per_token, per: 1, limit };
+            Grid { x: Extent::Fixed(spans.div_ceil(per_workgroup)), y }
+        }
+    };
+    (quantize, grid)
 }
 
 /// What the caller chooses. Changes no result beyond the order of sums.
@@ -75,18 +111,21 @@ impl Cuts {
     }
 }
 
+/// Most blocks that quantise: what a large device holds at once, as a launch costs more than another turn.
+const QUANTIZE_BLOCKS: usize = 2048;
+
 /// How many rows meet a weight that is read and decoded once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cut {
     /// One.
     Gemv,
-    /// Two; eight on matrix units.
+    /// Two; eight on matrix units of warps, sixteen on those of warpgroups.
     Pairs,
-    /// Four; sixteen on matrix units.
+    /// Four; sixteen, thirty-two.
     Quads,
-    /// Eight; thirty-two on matrix units.
+    /// Eight; thirty-two, sixty-four.
     Octets,
-    /// Sixty-four, from a tile in workgroup memory or on matrix units.
+    /// Sixty-four, from a tile in workgroup memory or on matrix units of warps; 160 on those of warpgroups.
     Tiles,
 }
 
@@ -96,31 +135,36 @@ impl Cut {
 
     /// Rows of a matrix, in the mean over all matrices, up to which it is chosen: beyond, what its tiles leave out
     /// costs more than what larger ones would compute for nothing. Measured on an H100 (benches/NOTES.md).
-    pub fn most_mean_rows(self, matrix_units: bool) -> f64 {
-        match (self, matrix_units) {
-            (Self::Gemv, false) => 0.5,
-            (Self::Pairs, false) => 2.0,
-            (Self::Quads, false) => 8.0,
-            (Self::Octets, false) => 48.0,
+    pub fn most_mean_rows(self, units: Units) -> f64 {
+        match (self, units) {
+            (Self::Gemv, Units::None) => 0.5,
+            (Self::Pairs, Units::None) => 2.0,
+            (Self::Quads, Units::None) => 8.0,
+            (Self::Octets, Units::None) => 48.0,
             // Calls of few tokens alone; see `lower`.
-            (Self::Gemv, true) => 0.0,
-            (Self::Pairs, true) => 5.0,
-            (Self::Quads, true) => 18.0,
-            (Self::Octets, true) => 28.0,
+            (Self::Gemv, Units::Warps | Units::Warpgroups { multiprocessors: _ }) => 0.0,
+            (Self::Pairs, Units::Warps) => 5.0,
+            (Self::Quads, Units::Warps) => 18.0,
+            (Self::Octets, Units::Warps) => 28.0,
+            (Self::Pairs, Units::Warpgroups { multiprocessors: _ }) => 6.0,
+            (Self::Quads, Units::Warpgroups { multiprocessors: _ }) => 16.0,
+            (Self::Octets, Units::Warpgroups { multiprocessors: _ }) => 40.0,
             (Self::Tiles, _) => f64::INFINITY,
         }
     }
 
     /// Most rows of a tile.
-    pub fn tile_rows(self, matrix_units: bool) -> usize {
-        match (self, matrix_units) {
+    pub fn tile_rows(self, units: Units) -> usize {
+        match (self, units) {
             (Self::Gemv, _) => 1,
-            (Self::Pairs, false) => 2,
-            (Self::Quads, false) => 4,
-            (Self::Octets, false) | (Self::Pairs, true) => 8,
-            (Self::Quads, true) => 16,
-            (Self::Octets, true) => 32,
-            (Self::Tiles, _) => TILE_ROWS,
+            (Self::Pairs, Units::None) => 2,
+            (Self::Quads, Units::None) => 4,
+            (Self::Octets, Units::None) | (Self::Pairs, Units::Warps) => 8,
+            (Self::Quads, Units::Warps) | (Self::Pairs, Units::Warpgroups { multiprocessors: _ }) => 16,
+            (Self::Octets, Units::Warps) | (Self::Quads, Units::Warpgroups { multiprocessors: _ }) => 32,
+            (Self::Tiles, Units::None | Units::Warps) => TILE_ROWS,
+            (Self::Octets, Units::Warpgroups { multiprocessors: _ }) => 64,
+            (Self::Tiles, Units::Warpgroups { multiprocessors: _ }) => 160,
         }
     }
 }

@@ -2,7 +2,7 @@
 //! [`Scope::Routing`]; what a layer has besides it, gate and up to what the second GEMM reads, is here: the activation,
 //! the quantisation of rows, and both in one step. The kernels and their twins are those of a layer.
 
-use super::{Bucket, Buffer, Contents, DeviceFacts, Extent, Grid, Part, Schedule, Step};
+use super::{Bucket, Buffer, Contents, DeviceFacts, Extent, Grid, Part, Schedule, Step, quantize_by};
 use crate::error::{Error, Result};
 use crate::kernels::quantize::{AMAX_PARTS, Amax, Matrices, Quantize, RowScale, ScaleLayout, ValueSource};
 use crate::kernels::{Activate, Activated, Operation};
@@ -131,13 +131,12 @@ pub fn stage(spec: &StageSpec, max_tokens: usize, facts: &DeviceFacts) -> Result
                     )
                 }
             };
-            let quantize = Quantize { source, rows_per_token: 1, cols, code, scale, model };
-            let [spans, per_workgroup] = quantize.spans();
+            let quantize = Quantize { source, rows_per_token: 1, cols, code, scale, model, warps: false };
+            let [spans, _] = quantize.spans();
+            let (quantize, grid) = quantize_by(quantize, facts);
             list.add("codes", Contents::Output, 0, Some(4 * cols.div_ceil(4)));
             list.add(SCALES, Contents::Scratch, 4 * layout.words(max_tokens, spans), None);
-            let y = Extent::PerToken { items: 1, per: 1, limit: facts.max_workgroups as usize };
-            let x = Extent::Fixed(spans.div_ceil(per_workgroup));
-            list.step("quantize", Operation::Quantize(quantize), Grid { x, y })?;
+            list.step("quantize", Operation::Quantize(quantize), grid)?;
         }
     }
     let List { facts: _, max_tokens: _, buffers, steps } = list;

@@ -571,6 +571,10 @@ pub enum CombineOrder {
 pub enum BlockScale {
     /// Scales act in f32: on each weight, on a part of a block's sum, or on the whole of it.
     Exact,
+    /// As `Exact`, but the sum of 128 columns' products of E4M3 codes, before it is scaled and added in f32, may be as
+    /// narrow as FP8 matrix units keep it: 13 bits behind the largest product's first. A device without such units
+    /// keeps f32.
+    Promoted,
     /// Scales are folded into narrower operands.
     Folded,
 }

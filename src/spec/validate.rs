@@ -136,7 +136,7 @@ impl MoeSpec {
             activation: ActivationRounding::F32 | ActivationRounding::Fused | ActivationRounding::Torch,
             combine: CombineRounding::F32 | CombineRounding::WeightedRows | CombineRounding::EveryStep,
             combine_order: CombineOrder::Slot | CombineOrder::Expert,
-            block_scale: BlockScale::Exact | BlockScale::Folded,
+            block_scale: BlockScale::Exact | BlockScale::Promoted | BlockScale::Folded,
         } = precision;
         Ok(())
     }

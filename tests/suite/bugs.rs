@@ -6,7 +6,7 @@
 use moewe::host::Host;
 use moewe::kernels::pack::{GroupSource, PackedMatrix, SPAN_WORDS, Span};
 use moewe::reference::Inputs;
-use moewe::schedule::{DeviceFacts, lower};
+use moewe::schedule::{DeviceFacts, Units, lower};
 use moewe::spec::*;
 use moewe::weights::{Dtype, Rows, Stored};
 use moewe::{Matrix, Options, Tensor, numerics};
@@ -382,7 +382,7 @@ fn bug_21_and_45_products_beyond_31_bits_stay_in_chunks() {
         max_binding_bytes: (2 << 30) - 4,
         max_workgroups: 65_535,
         exact_halves: false,
-        matrix_units: false,
+        matrix_units: Units::None,
     };
     let schedule = lower(&spec, moewe::Scope::Layer, 1 << 17, &facts, &TILED).unwrap();
     for buffer in schedule.buffers.iter().filter(|buffer| buffer.token_bytes.is_none()) {
@@ -407,7 +407,7 @@ fn kimi_k2_matrix(name: &str, max_binding_bytes: u64) -> PackedMatrix {
         max_binding_bytes,
         max_workgroups: 65_535,
         exact_halves: false,
-        matrix_units: false,
+        matrix_units: Units::None,
     };
     let schedule = lower(&kimi_k2(), moewe::Scope::Layer, 4096, &facts, &TILED).unwrap();
     schedule.matrices.into_iter().find(|matrix| matrix.name == name).unwrap()

@@ -8,12 +8,12 @@ use fastrand::Rng;
 use moewe::Scope;
 use moewe::conformance::synthetic;
 use moewe::kernels::{Access, Operation, Source, Stream};
-use moewe::schedule::{DeviceFacts, lower};
+use moewe::schedule::{DeviceFacts, Units, lower};
 use moewe::spec::*;
 use naga::valid::{Capabilities, GlobalUse, ModuleInfo, ValidationFlags, Validator};
 
 use crate::random::{random_spec, specs};
-use crate::rig::{CUTS, TILED};
+use crate::rig::{CUTS, TILED, for_matrix_units};
 
 /// Every distinct kernel of many random schedules, by its text.
 pub fn kernels() -> BTreeMap<String, Source> {
@@ -28,7 +28,7 @@ pub fn kernels() -> BTreeMap<String, Source> {
                 max_binding_bytes: 128 << 20,
                 max_workgroups: 65_535,
                 exact_halves,
-                matrix_units: false,
+                matrix_units: Units::None,
             };
             let options = moewe::Options { diagnostics, ..base };
             let schedule = lower(&spec, Scope::Layer, 64, &facts, &options).unwrap();
@@ -47,6 +47,26 @@ pub fn kernels() -> BTreeMap<String, Source> {
     }
     assert!(kernels.len() > 100, "{} kernels", kernels.len());
     kernels
+}
+
+/// What the steps of these layers are made of, however their GEMMs are cut, on a device with these units.
+pub fn sources_for(matrix_units: Units, specs: impl IntoIterator<Item = MoeSpec>) -> Vec<Source> {
+    let facts = DeviceFacts {
+        backend: "text",
+        max_binding_bytes: (1 << 34) - 16,
+        max_workgroups: 65_535,
+        exact_halves: true,
+        matrix_units,
+    };
+    let mut sources = vec![];
+    for spec in specs {
+        for options in CUTS {
+            let schedule = lower(&spec, Scope::Layer, 64, &facts, &options).unwrap();
+            let steps = schedule.buckets.iter().flat_map(|bucket| &bucket.steps);
+            sources.extend(steps.map(|step| step.operation.source()));
+        }
+    }
+    sources
 }
 
 fn parse(text: &str) -> (naga::Module, ModuleInfo) {
@@ -154,7 +174,7 @@ fn the_largest_router_keeps_to_the_floor_and_a_larger_one_is_refused_by_name() {
         max_binding_bytes: 128 << 20,
         max_workgroups: 65_535,
         exact_halves: false,
-        matrix_units: false,
+        matrix_units: Units::None,
     };
     let mut spec = crate::rig::deepseek_like();
     (spec.num_experts, spec.top_k) = (1024, 512);
@@ -226,7 +246,13 @@ fn every_shader_file_is_part_of_some_kernel() {
         .values()
         .flat_map(|source| source.fragments.iter().map(|fragment| fragment.path.to_string()))
         .collect();
-    // What a device proves before layers are planned is of no layer, and matrix units of warps are no matter of WGSL.
-    let others = BTreeSet::from(["proof/halves.wgsl".to_string(), "grouped_gemm/mma.cu".to_string()]);
-    assert_eq!(on_disk, &used | &others);
+    // Matrix units are no matter of WGSL.
+    let of_units = [Units::Warps, Units::Warpgroups { multiprocessors: 132 }]
+        .into_iter()
+        .flat_map(|units| sources_for(units, for_matrix_units()))
+        .flat_map(|source| source.fragments.into_iter().map(|fragment| fragment.path.to_string()))
+        .collect();
+    // What a device proves before layers are planned is of no layer.
+    let others = BTreeSet::from(["proof/halves.wgsl".to_string()]);
+    assert_eq!(on_disk, &(&used | &of_units) | &others);
 }

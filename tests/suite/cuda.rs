@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 
 use fastrand::Rng;
-use moewe::Scope;
+use moewe::MoeSpec;
+use moewe::backend::cuda::Compiler;
 use moewe::backend::cuda::translate::{translate, translate_around};
-use moewe::backend::cuda::{CUDA_THREADS, Compiler};
 use moewe::kernels::{Source, Value};
-use moewe::schedule::{DeviceFacts, lower};
+use moewe::schedule::Units;
 
-use crate::contracts::kernels;
+use crate::contracts::{kernels, sources_for};
 use crate::random::{random_spec, specs};
-use crate::rig::CUTS;
+use crate::rig::for_matrix_units;
 
 /// A compiler without a cache; `None` where there is no NVRTC, which MOEWE_NVRTC=required forbids.
 fn compiler(arch: &str) -> Option<Compiler> {
@@ -25,33 +25,15 @@ fn compiler(arch: &str) -> Option<Compiler> {
     }
 }
 
-/// Kernels in CUDA C++ of many random schedules: one of each set of fragments and operands.
-fn kernels_in_cuda() -> Vec<Source> {
-    let facts = DeviceFacts {
-        backend: "text",
-        max_binding_bytes: (1 << 34) - 16,
-        max_workgroups: 65_535,
-        exact_halves: true,
-        matrix_units: true,
-    };
+/// Kernels in CUDA C++ of the layers' schedules for a device with these units: one of each set of fragments and operands.
+fn kernels_in_cuda(matrix_units: Units, specs: impl IntoIterator<Item = MoeSpec>) -> Vec<Source> {
     let mut found = BTreeMap::new();
-    let random = (0..400).map(|seed| random_spec(&mut Rng::with_seed(seed)));
-    for spec in specs(200).into_iter().chain(random) {
-        for options in CUTS {
-            let schedule = lower(&spec, Scope::Layer, 64, &facts, &options).unwrap();
-            for step in schedule.buckets.iter().flat_map(|bucket| &bucket.steps) {
-                let source = step.operation.source();
-                if source.cuda().is_some() {
-                    let paths: Vec<_> = source.fragments.iter().map(|fragment| fragment.path).collect();
-                    let operands = ["ROWS", "WEIGHT_KIND", "INPUT_CODES", "INPUT_F32", "SUM_COLS", "PAIR"];
-                    let of = |name: &&str| {
-                        source.constants.iter().find(|(known, _)| known == name).map(|(_, v)| format!("{v:?}"))
-                    };
-                    let operands: Vec<_> = operands.iter().map(of).collect();
-                    found.insert((paths, operands), source);
-                }
-            }
-        }
+    for source in sources_for(matrix_units, specs).into_iter().filter(|source| source.cuda().is_some()) {
+        let paths: Vec<_> = source.fragments.iter().map(|fragment| fragment.path).collect();
+        let operands = ["ROWS", "WEIGHT_KIND", "INPUT_CODES", "INPUT_F32", "SUM_COLS", "PAIR", "STORE_BF16"];
+        let of = |name: &&str| source.constants.iter().find(|(known, _)| known == name).map(|(_, v)| format!("{v:?}"));
+        let operands: Vec<_> = operands.iter().map(of).collect();
+        found.insert((paths, operands), source);
     }
     assert!(found.len() > 20, "{} kernels", found.len());
     found.into_values().collect()
@@ -77,7 +59,7 @@ fn what_the_translator_lacks_is_refused_by_name() {
         assert!(said.contains(named), "{statement}: {said}");
     }
     assert!(translate("fn f() {}").unwrap_err().contains("0 entry points"));
-    assert!(translate_around(&around("x[0] = 1.0;"), "", 32).unwrap_err().contains("an entry point beside"));
+    assert!(translate_around(&around("x[0] = 1.0;"), "").unwrap_err().contains("an entry point beside"));
     assert!(translate("no wgsl").is_err());
 }
 
@@ -132,8 +114,9 @@ fn nvrtc_compiles_translated_kernels() {
 /// and the newest.
 #[test]
 fn nvrtc_compiles_kernels_in_cuda() {
-    let text = |source: &Source| translate_around(&source.wgsl(), source.cuda().unwrap(), CUDA_THREADS).unwrap().text;
-    let kernels = kernels_in_cuda();
+    let text = |source: &Source| translate_around(&source.wgsl(), source.cuda().unwrap()).unwrap().text;
+    let random = (0..400).map(|seed| random_spec(&mut Rng::with_seed(seed)));
+    let kernels = kernels_in_cuda(Units::Warps, specs(200).into_iter().chain(random));
     if let Some(compiler) = compiler("sm_90a") {
         // Tiles of 64 rows hold more sums than leave room for all that is read ahead, and do not claim to be fast.
         let claims = |source: &&Source| !source.constants.contains(&("ROWS", Value::U32(64)));
@@ -151,6 +134,27 @@ fn nvrtc_compiles_kernels_in_cuda() {
             compiler.compile(source.kernel(), &text(source), Ok).unwrap();
         }
     }
+}
+
+/// Likewise those of warpgroups, in which the assembler may not wait between products either.
+#[test]
+fn nvrtc_compiles_kernels_of_warpgroups() {
+    let Some(compiler) = compiler("sm_90a") else { return };
+    let mut wrong = vec![];
+    let mut compiled = 0;
+    for source in kernels_in_cuda(Units::Warpgroups { multiprocessors: 132 }, for_matrix_units()) {
+        compiled += usize::from(source.kernel() == "grouped_gemm/wgmma");
+        let text = translate_around(&source.wgsl(), source.cuda().unwrap()).unwrap().text;
+        let said = compiler.resources(source.kernel(), &text).unwrap();
+        // Codes of 4 bits leave too few registers for tiles of many rows: some words are spilled.
+        let of = |name, value| source.constants.contains(&(name, Value::U32(value)));
+        let claims = !of("WEIGHT_KIND", 2) || of("ROWS", 16);
+        if claims && !said.contains("0 bytes spill stores, 0 bytes spill loads") || said.contains("C75") {
+            wrong.push((said, source.constants));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:?}");
+    assert!(compiled > 20, "{compiled} kernels");
 }
 
 #[test]

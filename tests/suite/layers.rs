@@ -9,7 +9,10 @@ use moewe::spec::*;
 use moewe::{Options, Plan};
 
 use crate::random::{CPU_SAMPLES, GPU_SAMPLES, Sample, samples, specs};
-use crate::rig::{AUTO, CUTS, GEMV, LayerInputs, RandomLayer, TILED, deepseek_like, fresh_gpu, gpu, segmented};
+use crate::rig::{
+    AUTO, CUTS, GEMV, LayerInputs, PAIRS, RandomLayer, TILED, deepseek_like, for_matrix_units, fresh_gpu, gpu,
+    segmented,
+};
 
 /// Largest |a - b| relative to the row's largest value: a row is a sum of products of one size, so its rounding
 /// errors have the size of its largest terms. An exponential of x errs by 3 + 2|x| ulp, and x has some tens; a
@@ -332,9 +335,44 @@ fn a_thousand_experts_are_not_too_many() {
     check(&layer, 3, &GEMV, "E = 1023");
 }
 
+/// Twins of what only CUDA has: the schedule is right wherever its kernels equal them.
+#[test]
+fn schedules_for_matrix_units_compute_the_layer() {
+    use moewe::schedule::{DeviceFacts, Units};
+    for (matrix_units, kernel) in
+        [(Units::Warps, "grouped_gemm/mma"), (Units::Warpgroups { multiprocessors: 132 }, "grouped_gemm/wgmma")]
+    {
+        for spec in for_matrix_units() {
+            let layer = RandomLayer::new(spec, 21);
+            let (hidden_states, _) = layer.inputs(90, 22);
+            let want = layer.reference(&hidden_states, None);
+            for options in CUTS {
+                let facts = DeviceFacts {
+                    backend: "twins",
+                    max_binding_bytes: (1 << 31) - 4,
+                    max_workgroups: 65_535,
+                    exact_halves: true,
+                    matrix_units,
+                };
+                let cpu = layer.on_cpu(90, &options, Some(facts));
+                let kernels: Vec<_> =
+                    cpu.bound().steps(90).iter().map(|step| step.operation.source().kernel()).collect();
+                // Warpgroups leave these to warps.
+                let kernel = match layer.spec.experts.format {
+                    WeightFormat::Bf16 | WeightFormat::Mxfp4 if options.cuts == PAIRS.cuts => "grouped_gemm/mma",
+                    WeightFormat::Fp8Channel => "grouped_gemm/mma",
+                    _ => kernel,
+                };
+                assert_eq!(kernels.contains(&kernel), options.cuts != GEMV.cuts, "{kernels:?}");
+                compare(&layer, &want, &cpu.run(&Inputs::of(&hidden_states)).unwrap(), kernel);
+            }
+        }
+    }
+}
+
 #[test]
 fn token_chunks_give_the_same_rows() {
-    use moewe::schedule::DeviceFacts;
+    use moewe::schedule::{DeviceFacts, Units};
     let layer = RandomLayer::new(deepseek_like(), 6);
     let tokens = 300;
     let (hidden_states, _) = layer.inputs(tokens, 8);
@@ -345,7 +383,7 @@ fn token_chunks_give_the_same_rows() {
         max_binding_bytes: 70_000,
         max_workgroups: 65_535,
         exact_halves: false,
-        matrix_units: false,
+        matrix_units: Units::None,
     };
     let cpu = layer.on_cpu(tokens, &AUTO, Some(facts));
     assert_eq!(cpu.plan().schedule().chunk_tokens, 128);

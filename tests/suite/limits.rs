@@ -1,6 +1,6 @@
 //! Devices that are small and layers that are large: what `lower` cuts, and that no index leaves its type.
 
-use moewe::schedule::{DeviceFacts, Schedule, lower};
+use moewe::schedule::{DeviceFacts, Schedule, Units, lower};
 use moewe::spec::*;
 use moewe::{Options, Scope};
 
@@ -52,7 +52,7 @@ fn weights_of_a_real_layer_are_cut_into_segments_of_any_size() {
             max_binding_bytes: bytes.max(128 << 20),
             max_workgroups: 65_535,
             exact_halves: false,
-            matrix_units: false,
+            matrix_units: Units::None,
         };
         let options = Options { segment_bytes: Some(bytes), ..AUTO };
         // A row of 7168 bf16 values has 14 KiB: four fit a segment of 64 KiB. One expert of such cuts is enough.
@@ -77,7 +77,7 @@ fn rows_times_widths_beyond_31_bits_are_cut_into_chunks() {
         max_binding_bytes: (2 << 30) - 4,
         max_workgroups: 65_535,
         exact_halves: false,
-        matrix_units: false,
+        matrix_units: Units::None,
     };
     let tokens = 1 << 16;
     let schedule = lower(&deepseek_v3(), Scope::Layer, tokens, &facts, &TILED).unwrap();
@@ -98,7 +98,7 @@ fn what_no_cut_can_make_fit_is_refused_by_name() {
         max_binding_bytes: 1 << 20,
         max_workgroups: 65_535,
         exact_halves: false,
-        matrix_units: false,
+        matrix_units: Units::None,
     };
     let refusal = lower(&deepseek_v3(), Scope::Layer, 4096, &facts, &AUTO).unwrap_err().to_string();
     assert!(refusal.contains("test does not support") && refusal.contains("binding"), "{refusal}");

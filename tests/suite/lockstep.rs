@@ -7,7 +7,7 @@ use moewe::spec::*;
 use moewe::{Cpu, Options};
 
 use crate::random::{FORMATS, Sample, samples, sums_codes};
-use crate::rig::{CUTS, GEMV, OCTETS, PAIRS, QUADS, RandomLayer, TILED, deepseek_like, fits, gpu};
+use crate::rig::{CUTS, GEMV, OCTETS, PAIRS, QUADS, RandomLayer, TILED, deepseek_like, fits, for_matrix_units, gpu};
 
 fn walk(spec: MoeSpec, tokens: usize, options: &Options) {
     let layer = RandomLayer::new(spec, 11);
@@ -32,6 +32,18 @@ fn every_step_equals_its_twin() {
             spec.experts.down_bias = true;
             spec.precision = Precision::float32(input, FloatType::F32);
             walk(spec, 70, &options);
+        }
+    }
+}
+
+/// Tiles that are full, and such that are not, of each height.
+#[test]
+fn what_matrix_units_compute_equals_its_twins() {
+    for spec in for_matrix_units() {
+        for options in CUTS {
+            for tokens in [3, 150] {
+                walk(spec.clone(), tokens, &options);
+            }
         }
     }
 }

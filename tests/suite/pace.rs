@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use moewe::conformance::witnesses::witnesses;
 use moewe::host::{Host, Session};
-use moewe::schedule::{DeviceFacts, Step, Work, lower};
+use moewe::schedule::{DeviceFacts, Step, Units, Work, lower};
 use moewe::spec::*;
 use moewe::{Cpu, Options, Pace, Plan, Rates, Scope, Slice, Tokens, reference};
 
@@ -129,7 +129,7 @@ const FACTS: DeviceFacts = DeviceFacts {
     max_binding_bytes: (2 << 30) - 4,
     max_workgroups: 65_535,
     exact_halves: false,
-    matrix_units: false,
+    matrix_units: Units::None,
 };
 
 #[test]

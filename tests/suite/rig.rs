@@ -9,7 +9,10 @@ use moewe::conformance::sample;
 use moewe::host::{self, Adapter, Limits, Session};
 use moewe::reference::{self, Inputs};
 use moewe::schedule::DeviceFacts;
-use moewe::spec::{MoeSpec, WeightFormat};
+use moewe::spec::{
+    ActivationCode, ActivationQuant, ActivationRounding, ActivationScale, BlockScale, CombineRounding, FloatType,
+    MoeSpec, Precision, RoutingMethod, ScaleFormat, ScaleRule, ScaleSpan, Score, SelectionKey, WeightFormat,
+};
 use moewe::{Cpu, Cut, Cuts, Matrix, MoeWeights, Options, Plan, Wgpu};
 
 #[allow(unused_imports, reason = "the benches use less of it")]
@@ -147,6 +150,42 @@ impl RandomLayer {
         let plan = Plan::new(cpu, &self.spec, &self.weights(), max_tokens, &segmented(options)).unwrap();
         Session::new(plan, &self.spec).unwrap()
     }
+}
+
+/// Layers that matrix units of every kind can compute, with the roundings of engines that use them.
+pub fn for_matrix_units() -> Vec<MoeSpec> {
+    let fp8 = WeightFormat::Fp8Block { block: [128, 128], scale: ScaleFormat::F32 };
+    let quant = ActivationQuant::dynamic_fp8(128, ActivationScale::F32);
+    let by_token = ActivationQuant::Dynamic {
+        code: ActivationCode::E4m3,
+        span: ScaleSpan::Token,
+        rule: ScaleRule::FlooredAmax,
+        scale: ActivationScale::F32,
+    };
+    let with = |format: WeightFormat, activation_quant| {
+        let mut spec = deepseek_like();
+        // Blocks, tiles and steps that end inside them.
+        (spec.hidden_size, spec.num_experts, spec.top_k) = (288, 4, 2);
+        spec.routing.method =
+            RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
+        let shared = spec.shared.as_mut().map(|shared| &mut shared.mlp);
+        for mlp in [&mut spec.experts].into_iter().chain(shared) {
+            (mlp.intermediate_size, mlp.format, mlp.activation_quant) = (160, format, activation_quant);
+            (mlp.gate_up_bias, mlp.down_bias) = (true, true);
+        }
+        spec.precision = Precision::float32(FloatType::Bf16, FloatType::Bf16);
+        spec.precision.model = FloatType::Bf16;
+        spec.precision.activation = ActivationRounding::Fused;
+        spec.precision.combine = CombineRounding::WeightedRows;
+        spec.precision.block_scale = BlockScale::Promoted;
+        spec
+    };
+    vec![
+        with(WeightFormat::Bf16, ActivationQuant::None),
+        with(WeightFormat::Mxfp4, ActivationQuant::None),
+        with(fp8, quant),
+        with(WeightFormat::Fp8Channel, by_token),
+    ]
 }
 
 /// The library's own choice of kernels.

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::kernels::grouped_gemm::Twin;
 use crate::kernels::{Access, Arguments, GroupedGemm, MAX_BINDINGS, Operation, Slot};
 use crate::plan::{Backend, BufferSlice, Launch};
-use crate::schedule::DeviceFacts;
+use crate::schedule::{DeviceFacts, Units};
 
 /// The CPU backend.
 #[derive(Debug, Clone, Copy)]
@@ -39,7 +39,7 @@ impl Cpu {
                 max_binding_bytes: (1 << 31) - 4,
                 max_workgroups: 65_535,
                 exact_halves: false,
-                matrix_units: false,
+                matrix_units: Units::None,
             },
             #[cfg(target_arch = "x86_64")]
             instructions: gemm::Instructions::detect(),

@@ -143,7 +143,8 @@ impl Compiler {
 
 /// Neither fast mathematics nor flushed subnormals: results are the spec's. Functions that a kernel does not call are no
 /// fault.
-const OPTIONS: [&str; 4] = ["--std=c++17", "--fmad=true", "--ftz=false", "--diag-suppress=177"];
+/// Functions without a space are the device's: lambdas that are templates cannot say so for all releases of NVRTC.
+const OPTIONS: [&str; 5] = ["--std=c++17", "--fmad=true", "--ftz=false", "--diag-suppress=177", "-default-device"];
 
 /// An NVRTC program, destroyed with its frame.
 struct Program(sys::nvrtcProgram);

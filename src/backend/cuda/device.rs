@@ -18,6 +18,7 @@ pub(super) struct Device {
     context: Arc<CudaContext>,
     name: String,
     capability: (i32, i32),
+    multiprocessors: usize,
 }
 
 /// Memory of a device, freed when it goes.
@@ -36,6 +37,16 @@ pub(super) struct Stream {
 
 /// A kernel of a loaded module.
 pub(super) type Function = CudaFunction;
+
+/// Blocks of a launch.
+pub(super) struct Blocks {
+    /// How many.
+    pub count: [u32; 3],
+    /// Threads of each.
+    pub threads: [u32; 3],
+    /// Bytes that each shares beside those that its kernel declares.
+    pub shared_bytes: u32,
+}
 
 /// A mark in a stream, with its time.
 pub(super) struct Event {
@@ -118,11 +129,17 @@ impl Device {
         let context = CudaContext::new(ordinal).map_err(failed)?;
         let name = context.name().map_err(failed)?;
         let capability = context.compute_capability().map_err(failed)?;
-        Ok(Self { context, name, capability })
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(count).map_err(failed)?;
+        Ok(Self { context, name, capability, multiprocessors: usize::try_from(multiprocessors).unwrap_or(1) })
     }
 
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    pub(super) fn multiprocessors(&self) -> usize {
+        self.multiprocessors
     }
 
     pub(super) fn capability(&self) -> (i32, i32) {
@@ -197,11 +214,17 @@ impl Device {
             .map_err(|error| failed(|| "waiting for the device".into(), error))
     }
 
-    /// Loads machine code and finds its entry.
-    pub(super) fn load(&self, code: Vec<u8>, entry: &str) -> Result<Function> {
+    /// Loads machine code and finds its entry, whose blocks share so many bytes beside those that it declares.
+    pub(super) fn load(&self, code: Vec<u8>, entry: &str, shared_bytes: u32) -> Result<Function> {
         let failed = |error| failed(|| format!("loading {entry}"), error);
         let module = self.context.load_module(Ptx::from_binary(code)).map_err(failed)?;
-        module.load_function(entry).map_err(failed)
+        let function = module.load_function(entry).map_err(failed)?;
+        if shared_bytes > 0 {
+            let most = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = i32::try_from(shared_bytes).unwrap_or(i32::MAX);
+            function.set_attribute(most, bytes).map_err(failed)?;
+        }
+        Ok(function)
     }
 
     /// Launches a kernel. Its context is current.
@@ -210,8 +233,7 @@ impl Device {
         &self,
         stream: CUstream,
         function: &Function,
-        blocks: [u32; 3],
-        threads: [u32; 3],
+        blocks: Blocks,
         arguments: &mut [u64],
     ) -> Result<()> {
         let mut pointers: ArrayVec<*mut c_void, { 2 * MAX_BINDINGS }> =
@@ -224,15 +246,15 @@ impl Device {
                 value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
             });
         }
+        let Blocks { count, threads, shared_bytes } = blocks;
         let config = sys::CUlaunchConfig {
-            gridDimX: blocks[0],
-            gridDimY: blocks[1],
-            gridDimZ: blocks[2],
+            gridDimX: count[0],
+            gridDimY: count[1],
+            gridDimZ: count[2],
             blockDimX: threads[0],
             blockDimY: threads[1],
             blockDimZ: threads[2],
-            // Kernels declare what they share.
-            sharedMemBytes: 0,
+            sharedMemBytes: shared_bytes,
             hStream: stream,
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,

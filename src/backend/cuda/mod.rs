@@ -18,14 +18,11 @@ use rayon::prelude::*;
 use crate::error::{Error, Result};
 use crate::kernels::{MAX_BINDINGS, Operation};
 use crate::plan::{Backend, BufferSlice, Launch};
-use crate::schedule::DeviceFacts;
+use crate::schedule::{DeviceFacts, Units};
 
 pub use compile::Compiler;
-use device::{Device, Function, Memory, Stream};
+use device::{Blocks, Device, Function, Memory, Stream};
 use translate::{Translated, translate, translate_around};
-
-/// Threads of a block of the kernels in CUDA C++.
-pub const CUDA_THREADS: u32 = 128;
 
 /// A CUDA device. Clones share it and its compiled kernels.
 #[derive(Debug, Clone)]
@@ -69,6 +66,7 @@ impl CudaBuffer {
 pub struct CudaKernel {
     function: Arc<Function>,
     threads: [u32; 3],
+    shared_bytes: u32,
     uniform: Option<usize>,
     sized: Arc<[usize]>,
     may_be_early: bool,
@@ -188,12 +186,14 @@ impl Cuda {
         if let Some(kernel) = known {
             return Ok(kernel);
         }
-        let Translated { text, threads, uniform, sized, written, may_be_early } = translate()
+        let Translated { text, threads, shared_bytes, uniform, sized, written, may_be_early } = translate()
             .map_err(|reason| Error::Device { backend: "cuda", operation: format!("translating {label}"), reason })?;
-        let function = self.compiler.compile(label, &text, |code| self.device.load(code, translate::ENTRY))?;
+        let function =
+            self.compiler.compile(label, &text, |code| self.device.load(code, translate::ENTRY, shared_bytes))?;
         let kernel = CudaKernel {
             function: Arc::new(function),
             threads,
+            shared_bytes,
             uniform,
             sized: sized.into(),
             may_be_early,
@@ -293,7 +293,11 @@ impl Backend for Cuda {
             max_workgroups: 65_535,
             // `cvt.f32.f16` is exact; tests ask it for all codes.
             exact_halves: true,
-            matrix_units: true,
+            matrix_units: match self.device.capability() {
+                // Later architectures lack these instructions.
+                (9, _) => Units::Warpgroups { multiprocessors: self.device.multiprocessors() },
+                _ => Units::Warps,
+            },
         }
     }
 
@@ -328,7 +332,7 @@ impl Backend for Cuda {
         let (label, wgsl) = (format!("{} for {name}", source.kernel()), source.wgsl());
         match source.cuda() {
             None => self.kernel(&label, &wgsl),
-            Some(text) => self.cached(&label, &wgsl, || translate_around(&wgsl, text, CUDA_THREADS)),
+            Some(text) => self.cached(&label, &wgsl, || translate_around(&wgsl, text)),
         }
     }
 
@@ -384,7 +388,8 @@ impl Backend for Cuda {
             if kernel.may_be_early {
                 arguments.push(u64::from(early));
             }
-            self.device.launch(encoder.stream, &kernel.function, workgroups, kernel.threads, &mut arguments)?;
+            let blocks = Blocks { count: workgroups, threads: kernel.threads, shared_bytes: kernel.shared_bytes };
+            self.device.launch(encoder.stream, &kernel.function, blocks, &mut arguments)?;
         }
         Ok(())
     }

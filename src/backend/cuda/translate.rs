@@ -23,6 +23,8 @@ pub struct Translated {
     pub text: String,
     /// Threads of a block.
     pub threads: [u32; 3],
+    /// Bytes that a block shares beside those that the text declares.
+    pub shared_bytes: u32,
     /// Number of the uniform binding, if there is one.
     pub uniform: Option<usize>,
     /// Bindings, by number, whose sizes in bytes follow the pointers as `unsigned long long`.
@@ -54,6 +56,58 @@ static __device__ __forceinline__ float2 unpack2x16float(unsigned word) {
 }
 ";
 
+/// What CUDA has of functions that our shaders spell out, by name: what stands first in their bodies. Exactly the same
+/// where the function says that it is exact.
+const NATIVE: [(&str, &str); 4] = [
+    // Quotients and products on integers; what may be below the normal numbers is theirs.
+    (
+        "divide",
+        "    {
+        const unsigned bits = __float_as_uint(__fdiv_rn(__uint_as_float(argument_0), __uint_as_float(argument_1)));
+        if ((bits & 0x7fffffffu) > 0x00800000u) {
+            return bits > 0x7f800000u ? 0x7fc00000u : bits;
+        }
+    }
+",
+    ),
+    (
+        "multiply",
+        "    {
+        const unsigned bits = __float_as_uint(__fmul_rn(__uint_as_float(argument_0), __uint_as_float(argument_1)));
+        if ((bits & 0x7fffffffu) > 0x00800000u) {
+            return bits > 0x7f800000u ? 0x7fc00000u : bits;
+        }
+    }
+",
+    ),
+    (
+        "nearest_e4m3",
+        "#if __CUDA_ARCH__ >= 890
+    {
+        unsigned short codes;
+        asm(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(codes) : \"f\"(0.0f), \"f\"(__uint_as_float(argument_0)));
+        return codes;
+    }
+#endif
+",
+    ),
+    // Without branches: 2^(x log2 e) with what the product has lost, and a division within 2 ulp.
+    (
+        "times_sigmoid",
+        "    {
+        const float x = fminf(-argument_1, 88.0f), power = x * 1.44269502f;
+        const float lost = fmaf(x, 1.44269502f, -power) + x * 1.92596299e-8f;
+        float exponential;
+        asm(\"ex2.approx.f32 %0, %1;\" : \"=f\"(exponential) : \"f\"(power));
+        exponential = fmaf(exponential, lost * 0.693147182f, exponential);
+        const unsigned quotient = __float_as_uint(__fdividef(argument_0, 1.0f + exponential));
+        const unsigned given = __float_as_uint(argument_0), bits = argument_1 < -88.0f ? 0x80000000u : quotient;
+        return __uint_as_float(given == 0xff800000u || (given & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits);
+    }
+",
+    ),
+];
+
 /// Translates a module with one entry point.
 ///
 /// # Errors
@@ -65,13 +119,14 @@ pub fn translate(wgsl: &str) -> Result<Translated, String> {
 
 /// Puts a kernel in CUDA C++ behind the functions of a module without entry point, so that it can call them: by their
 /// own names, without the buffers that they read. It finds the module's constants and structures too, and begins with
-/// `KERNEL { WAIT; ...`.
+/// `KERNEL { WAIT; ...`. The constants `THREADS`, `BLOCKS` and `SHARED_BYTES` are those of its blocks: their threads, how
+/// many a multiprocessor should hold at least, and what each shares as `extern __shared__`.
 ///
 /// # Errors
 /// As [`translate`].
-pub fn translate_around(wgsl: &str, kernel: &str, threads: u32) -> Result<Translated, String> {
+pub fn translate_around(wgsl: &str, kernel: &str) -> Result<Translated, String> {
     let (module, info) = parse(wgsl)?;
-    Writer { module: &module, info: &info, text: PRELUDE.into() }.around(kernel, threads)
+    Writer { module: &module, info: &info, text: PRELUDE.into() }.around(kernel)
 }
 
 fn parse(wgsl: &str) -> Result<(Module, ModuleInfo), String> {
@@ -140,7 +195,7 @@ impl Writer<'_> {
         format!("asm volatile(\"griddepcontrol.wait;\" : {pointers} :: \"memory\")")
     }
 
-    fn around(mut self, kernel: &str, threads: u32) -> Result<Translated, String> {
+    fn around(mut self, kernel: &str) -> Result<Translated, String> {
         if !self.module.entry_points.is_empty() {
             return Err("an entry point beside that in CUDA C++".into());
         }
@@ -164,17 +219,33 @@ impl Writer<'_> {
         let _ = write!(
             self.text,
             "#if __CUDA_ARCH__ >= 900\n#define WAIT {}; {LAUNCH_DEPENDENTS}\n#else\n#define WAIT\n#endif\n\
-             #define KERNEL extern \"C\" __global__ void __launch_bounds__({threads}) {ENTRY}({arguments})\n{kernel}",
+             #define KERNEL extern \"C\" __global__ void __launch_bounds__(THREADS, BLOCKS) {ENTRY}({arguments})\n{kernel}",
             self.wait()
         );
+        let (threads, shared_bytes) = (self.number("THREADS")?, self.number("SHARED_BYTES")?);
+        self.number("BLOCKS")?;
         Ok(Translated {
             text: self.text,
             threads: [threads, 1, 1],
+            shared_bytes,
             uniform,
             sized: vec![],
             written,
             may_be_early: false,
         })
+    }
+
+    /// A constant of the module that a kernel in CUDA C++ has to have.
+    fn number(&self, name: &str) -> Result<u32, String> {
+        let constants = self.module.constants.iter().map(|(_, constant)| constant);
+        let value = constants.filter(|constant| constant.name.as_deref() == Some(name)).find_map(|constant| match self
+            .module
+            .global_expressions[constant.init]
+        {
+            Expression::Literal(Literal::U32(value)) => Some(value),
+            _ => None,
+        });
+        value.ok_or_else(|| format!("a kernel in CUDA C++ without the constant {name}: u32"))
     }
 
     fn kernel(mut self) -> Result<Translated, String> {
@@ -235,7 +306,7 @@ impl Writer<'_> {
              body({names});\n\
              #if __CUDA_ARCH__ >= 900\n    if (early != 0) {{\n        {wait};\n    }}\n#endif\n}}\n"
         );
-        Ok(Translated { text: self.text, threads, uniform, sized, written, may_be_early: true })
+        Ok(Translated { text: self.text, threads, shared_bytes: 0, uniform, sized, written, may_be_early: true })
     }
 
     /// Buffers, in the order of their numbers.
@@ -336,9 +407,10 @@ impl Writer<'_> {
         let mut body = Body::new(self, function, info);
         body.locals()?;
         body.block(&function.body, 1)?;
-        let name = self.function_name(handle);
+        let (name, own) = (self.function_name(handle), function.name.as_deref().unwrap_or_default());
+        let native = NATIVE.iter().find(|(known, _)| *known == own).map_or("", |(_, text)| text);
         let arguments = arguments.join(", ");
-        Ok(format!("static __device__ __forceinline__ {result} {name}({arguments}) {{\n{}}}\n", body.text))
+        Ok(format!("static __device__ __forceinline__ {result} {name}({arguments}) {{\n{native}{}}}\n", body.text))
     }
 
     fn function_name(&self, handle: Handle<Function>) -> String {

@@ -16,7 +16,7 @@ use ::wgpu;
 use crate::error::{Error, Result};
 use crate::kernels::{Access, Operation};
 use crate::plan::{Backend, BufferSlice, Launch};
-use crate::schedule::DeviceFacts;
+use crate::schedule::{DeviceFacts, Units};
 
 pub use proofs::Proofs;
 
@@ -186,7 +186,7 @@ impl Backend for Wgpu {
             max_binding_bytes: self.max_binding_bytes,
             max_workgroups: self.device.limits().max_compute_workgroups_per_dimension,
             exact_halves: self.proofs().exact_halves,
-            matrix_units: false,
+            matrix_units: Units::None,
         }
     }
 

@@ -55,17 +55,15 @@ impl Lowering<'_> {
         };
         let rows = self.schedule.chunk_tokens * top_k;
         let sorted_rows = self.scratch("sorted_rows", top_k);
-        let units = self.units;
-        let permute = |cut: Cut| Permute { num_slots, top_k, tile_rows: cut.tile_rows(units) };
         let cuts = Cut::ALL.into_iter().filter(|&cut| cut != Cut::Gemv);
-        let largest = |cut| permute(cut).max_tiles(self.most_tokens(cut).saturating_mul(top_k).min(rows));
+        let largest = |cut| self.permute(cut).max_tiles(self.most_tokens(cut).saturating_mul(top_k).min(rows));
         let most = cuts.clone().map(largest).max().unwrap_or(0);
         let tiles = self.buffer("tiles", Contents::Scratch, (1 + most) * 16);
         let grid = Grid { x: Extent::Fixed(num_slots), y: Extent::Fixed(1) };
         let mut others = buffers.clone();
         others.extend([("sorted_rows", sorted_rows), ("tiles", tiles)]);
         let step = |cut| {
-            let step = self.step("permute", part, Operation::Permute(permute(cut)), grid, &others)?;
+            let step = self.step("permute", part, Operation::Permute(self.permute(cut)), grid, &others)?;
             Ok::<_, Error>((cut, step))
         };
         let steps = cuts.map(step).collect::<Result<_>>()?;
@@ -132,6 +130,14 @@ impl Lowering<'_> {
             rows_per_token: top_k,
             weigh_input,
             weighted_hidden,
+            weighted_rows: combine == CombineRounding::WeightedRows
+                && model == FloatType::Bf16
+                && weighted_output
+                && !self.spec.entry.is_batched()
+                && routing.zero_experts.is_none()
+                && latent.is_none()
+                && lora.is_none()
+                && self.counters.is_none(),
             scratch: ScratchNames {
                 names: ["experts.input", "experts.hidden"],
                 gate_up: "gate_up",
@@ -182,6 +188,7 @@ impl Lowering<'_> {
                 rows_per_token: mlps,
                 weigh_input: None,
                 weighted_hidden: false,
+                weighted_rows: false,
                 scratch: ScratchNames {
                     names: ["shared.input", "shared.hidden"],
                     gate_up: "shared_gate_up",
@@ -237,6 +244,7 @@ impl Lowering<'_> {
             output_scale: if routing.apply_routed_scale_to_output { rho } else { 1.0 },
             output_bias: false,
             shared: None,
+            rows: FloatType::F32,
             rounding: combine,
             model,
             output: FloatType::F32,
@@ -313,12 +321,26 @@ impl Lowering<'_> {
         self.diagnose(part, infinite.0, infinite.1, Matrices::Groups, 1, &infinite.2)
     }
 
+    /// The rows of the routed experts in calls of this cut.
+    fn permute(&self, cut: Cut) -> Permute {
+        Permute {
+            num_slots: self.spec.num_slots(),
+            top_k: self.spec.rows_per_token(),
+            tile_rows: cut.tile_rows(self.units_of(cut)),
+            warps: self.facts.matrix_units != Units::None,
+        }
+    }
+
     fn combine(&mut self, name: &'static str, combine: Combine, buffers: &[(&'static str, usize)]) -> Result<()> {
         // 64 invocations a workgroup, one word each; beyond the limit the kernel strides.
         let extent = Extent::PerToken { items: combine.hidden_size, per: 64, limit: 8192 };
         let grid = Grid { x: extent, y: Extent::Fixed(1) };
-        let step = self.step(name, Part::Experts, Operation::Combine(combine), grid, buffers)?;
-        self.drafts.push(Draft::Step(step));
+        let step = |combine| self.step(name, Part::Experts, Operation::Combine(combine), grid, buffers);
+        let draft = match combine.of_weighted_rows().filter(|_| self.weighted_rows) {
+            Some(narrow) => Draft::BesideUnits([step(combine)?, step(narrow)?].into()),
+            None => Draft::Step(step(combine)?),
+        };
+        self.drafts.push(draft);
         Ok(())
     }
 
@@ -338,6 +360,7 @@ impl Lowering<'_> {
             rows_per_token,
             weigh_input,
             weighted_hidden,
+            weighted_rows,
             scratch,
             tables,
             slot,
@@ -412,6 +435,7 @@ impl Lowering<'_> {
             delta: adapters.map(|adapters| adapters.delta),
             adapter: false,
             narrow: Narrow::Neither,
+            weighted: false,
             epilogue,
             out: hidden,
             others: others.iter().copied().chain(delta.map(|delta| ("delta", delta))).collect(),
@@ -427,6 +451,7 @@ impl Lowering<'_> {
             delta: None,
             adapter: false,
             narrow: Narrow::Neither,
+            weighted: false,
             epilogue: Epilogue::Sums,
             out,
             others: others.to_vec(),
@@ -436,11 +461,10 @@ impl Lowering<'_> {
             ActivationRounding::Fused | ActivationRounding::Torch => self.spec.precision.model == FloatType::Bf16,
         };
         let read_by_others = activation_quant.is_on() || adapters.is_some() || self.counters.is_some();
-        let fits = |gemm: &Gemm, input| self.facts.matrix_units && self.kernel(gemm, input).matrix_units().is_some();
         if rounded
             && !read_by_others
-            && fits(&gemm, gemm.input.values)
-            && fits(&second, RowValues::Floats(FloatType::Bf16))
+            && self.fits_units(&gemm, gemm.input.values)
+            && self.fits_units(&second, RowValues::Floats(FloatType::Bf16))
         {
             (gemm.narrow, second.narrow) = (Narrow::Out, Narrow::Rows);
         }
@@ -449,7 +473,7 @@ impl Lowering<'_> {
             // Sums that the layer itself has only in registers are computed once more.
             let sums = match epilogue {
                 Epilogue::Sums => hidden,
-                Epilogue::Activation(_) | Epilogue::AddState | Epilogue::GeluErf => {
+                Epilogue::Activation(_) | Epilogue::AddState | Epilogue::GeluErf | Epilogue::Weighted => {
                     let out = self.scratch(scratch.gate_up, rows_per_token * pair * intermediate_size);
                     let epilogue = Epilogue::Sums;
                     self.drafts.push(Draft::Gemm(Gemm { name: "diagnose.gate_up", epilogue, out, ..gemm }));
@@ -498,6 +522,8 @@ impl Lowering<'_> {
             self.diagnose(part, Counted::SaturatedCodes(code), size, matrices, slot + 3, &buffers)?;
         }
         second.delta = adapters.map(|adapters| adapters.delta);
+        second.weighted = weighted_rows && self.fits_units(&second, second.narrowed());
+        self.weighted_rows |= second.weighted;
         second.others.extend(delta.map(|delta| ("delta", delta)));
         self.drafts.push(Draft::Gemm(second));
         Ok(out)
@@ -534,6 +560,7 @@ impl Lowering<'_> {
             delta: None,
             adapter: true,
             narrow: Narrow::Neither,
+            weighted: false,
             epilogue: Epilogue::Sums,
             out: inner,
             others,
@@ -560,6 +587,9 @@ impl Lowering<'_> {
             }
         };
         let (fused, because) = match (adapted, self.options.fuse_quantization) {
+            (false, true) if matches!(self.units, Units::Warpgroups { multiprocessors: _ }) => {
+                (false, "the first GEMM has time for the activation, and half as much is written and read")
+            }
             (false, true) => (fused, because),
             (true, _) => (false, "adapters read the activation unquantised"),
             (false, false) => (false, "options.fuse_quantization is off"),
@@ -668,11 +698,8 @@ impl Lowering<'_> {
         let words = layout.words(rows.next_multiple_of(4), groups);
         let scales = self.buffer(format!("{name}.scales"), Contents::Scratch, 4 * words);
         buffers.extend([("rows", from), ("codes", codes), ("scales", scales)]);
-        let quantize = Quantize { source, rows_per_token, cols, code, scale, model };
-        let [spans, per_workgroup] = quantize.spans();
-        let limit = self.facts.max_workgroups as usize;
-        let y = Extent::PerToken { items: rows_per_token, per: 1, limit };
-        let grid = Grid { x: Extent::Fixed(spans.div_ceil(per_workgroup)), y };
+        let quantize = Quantize { source, rows_per_token, cols, code, scale, model, warps: false };
+        let (quantize, grid) = quantize_by(quantize, self.facts);
         let step = |operation: Quantize| {
             self.step(format!("{name}.quantize"), Part::Experts, Operation::Quantize(operation), grid, &buffers)
         };
@@ -756,6 +783,8 @@ struct Mlp<'a> {
     rows_per_token: usize,
     weigh_input: Option<Rounding>,
     weighted_hidden: bool,
+    /// Whether nothing but their sum reads the rows, weighted and rounded to bf16.
+    weighted_rows: bool,
     scratch: ScratchNames,
     /// First counter of its diagnostics.
     slot: usize,

@@ -10,12 +10,12 @@ mod routing;
 
 use super::{
     Bucket, Buffer, Contents, Cut, Cuts, DIAGNOSTICS, Decision, DeviceFacts, EXPERT_MISSES, Extent, Gemms, Grid,
-    LOAD_SLOT, Options, Pace, Part, Schedule, Step, Table,
+    LOAD_SLOT, Options, Pace, Part, Schedule, Step, Table, Units, quantize_by,
 };
 use crate::error::{Error, Result, Unsupported};
 use crate::kernels::combine::{Routed, SharedFactor, SharedRows};
 use crate::kernels::diagnose::clamps;
-use crate::kernels::grouped_gemm::{TILE_COLS, TILE_ROWS, mma_matrix_rows};
+use crate::kernels::grouped_gemm::{TILE_COLS, TILE_ROWS, mma_matrix_rows, wgmma_blocks};
 use crate::kernels::pack::{PackedMatrix, SPAN_WORDS};
 use crate::kernels::quantize::AMAX_PARTS;
 use crate::kernels::{
@@ -24,10 +24,10 @@ use crate::kernels::{
     ScaleLayout, TopkRouting, ValueSource,
 };
 use crate::spec::{
-    ActivationCode, ActivationQuant, ActivationRounding, ActivationScale, CombineRounding, Entry, ExpertInput,
-    ExpertMlp, FloatType, Latent, LatentNorm, LogitTransform, Lora, LoraDelta, MoeSpec, OutputNorm, Placement,
-    Precision, Rounding, Router, RouterInput, Routing, RoutingMethod, ScaleSpan, SharedCombination, SharedExperts,
-    SharedGate, TensorShard, WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
+    ActivationCode, ActivationQuant, ActivationRounding, ActivationScale, BlockScale, CombineRounding, Entry,
+    ExpertInput, ExpertMlp, FloatType, Latent, LatentNorm, LogitTransform, Lora, LoraDelta, MoeSpec, OutputNorm,
+    Placement, Precision, Rounding, Router, RouterInput, Routing, RoutingMethod, ScaleSpan, SharedCombination,
+    SharedExperts, SharedGate, TensorShard, WeightFormat, WeightPosition, ZeroExpertKind, ZeroExperts,
 };
 use crate::support::{self, Scope, refuse};
 use crate::weights::{Blocks, Parts};
@@ -77,9 +77,10 @@ pub fn lower(
     let lowered = |chunk_tokens| {
         let mut lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, facts.matrix_units);
         lowering.draft()?;
-        if lowering.units && !lowering.fits_units() {
+        let fitting = lowering.fitting_units();
+        if lowering.units != fitting {
             // Tiles of the other kernels' own sizes.
-            lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, false);
+            lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, fitting);
             lowering.draft()?;
         }
         lowering.buckets()?;
@@ -207,8 +208,8 @@ struct Lowering<'a> {
     spec: &'a MoeSpec,
     facts: &'a DeviceFacts,
     options: &'a Options,
-    /// Whether the routed experts' tiles are those of matrix units.
-    units: bool,
+    /// Whose tiles those of the routed experts are.
+    units: Units,
     schedule: Schedule,
     params: usize,
     drafts: Vec<Draft>,
@@ -216,6 +217,8 @@ struct Lowering<'a> {
     quantized: Vec<(ActivationQuant, usize, Rows)>,
     /// The buffer of counters, if anything is counted.
     counters: Option<usize>,
+    /// Whether matrix units leave the routed experts' rows weighted.
+    weighted_rows: bool,
 }
 
 /// Which rows of a GEMM are f32 that the spec rounds to bf16, and which matrix units therefore keep as bf16.
@@ -239,6 +242,8 @@ enum Draft {
     Permute(Vec<(Cut, Step)>),
     /// One beside matrix-vector GEMMs and one beside tiled ones.
     ByBucket(Box<[Step; 2]>),
+    /// One beside matrix-vector GEMMs and one beside those on matrix units.
+    BesideUnits(Box<[Step; 2]>),
 }
 
 /// One GEMM before it is cut into segments and variants.
@@ -256,6 +261,8 @@ struct Gemm {
     /// An adapter's: matrix-vector products in every bucket, which leave zeros where there is none.
     adapter: bool,
     narrow: Narrow,
+    /// Whether it writes bf16 rows that are weighted already, on matrix units.
+    weighted: bool,
     epilogue: Epilogue,
     out: usize,
     /// Buffers of the bindings that only some GEMMs have.
@@ -269,6 +276,16 @@ struct Rows {
     values: RowValues,
     /// Of codes.
     scales: Option<usize>,
+}
+
+impl Gemm {
+    /// What it reads on matrix units.
+    fn narrowed(&self) -> RowValues {
+        match self.narrow {
+            Narrow::Rows => RowValues::Floats(FloatType::Bf16),
+            Narrow::Neither | Narrow::Out => self.input.values,
+        }
+    }
 }
 
 impl Rows {
@@ -302,7 +319,7 @@ impl<'a> Lowering<'a> {
         chunk_tokens: usize,
         facts: &'a DeviceFacts,
         options: &'a Options,
-        units: bool,
+        units: Units,
     ) -> Self {
         let schedule = Schedule {
             scope,
@@ -327,6 +344,7 @@ impl<'a> Lowering<'a> {
             drafts: vec![],
             quantized: vec![],
             counters: None,
+            weighted_rows: false,
         };
         lowering.params = lowering.buffer("params", Contents::Params, 16);
         lowering
@@ -408,6 +426,7 @@ impl<'a> Lowering<'a> {
             delta: None,
             adapter: false,
             narrow: Narrow::Neither,
+            weighted: false,
             epilogue,
             out,
             others,
@@ -493,17 +512,60 @@ impl<'a> Lowering<'a> {
         Ok(Step { name, part, operation, buffers, grid })
     }
 
-    /// Whether any of the routed experts' GEMMs, but for adapters', can be on matrix units.
-    fn fits_units(&self) -> bool {
-        self.drafts.iter().any(|draft| match draft {
+    /// Whose tiles those of the routed experts are in calls of this cut. Numbers that few rows meet pass from memory
+    /// through registers once, which warps do at least as fast; codes of 8 bits would have to be converted there.
+    fn units_of(&self, cut: Cut) -> Units {
+        match (self.units, cut) {
+            (Units::Warpgroups { multiprocessors: _ }, Cut::Pairs) if !self.spec.experts.activation_quant.is_on() => {
+                Units::Warps
+            }
+            (units, _) => units,
+        }
+    }
+
+    /// Whether a GEMM of these rows can be on matrix units of some kind.
+    fn fits_units(&self, gemm: &Gemm, input: RowValues) -> bool {
+        self.facts.matrix_units != Units::None && self.kernel(gemm, input).matrix_units().is_some()
+    }
+
+    /// The device's units, if all of the routed experts' GEMMs, but for adapters', fit those of warpgroups; or those of
+    /// warps, if any fits them: the other kernels walk their tiles as well.
+    fn fitting_units(&self) -> Units {
+        let routed = self.drafts.iter().filter_map(|draft| match draft {
             Draft::Gemm(gemm) => match gemm.rows {
-                RowSource::Direct { groups: _ } => false,
-                RowSource::Routed { top_k: _, num_slots: _ } => {
-                    !gemm.adapter && self.kernel(gemm, gemm.input.values).matrix_units().is_some()
-                }
+                RowSource::Direct { groups: _ } => None,
+                RowSource::Routed { top_k: _, num_slots: _ } => Some(gemm).filter(|gemm| !gemm.adapter),
             },
-            Draft::Step(_) | Draft::Permute(_) | Draft::ByBucket(_) => false,
-        })
+            Draft::Step(_) | Draft::Permute(_) | Draft::ByBucket(_) | Draft::BesideUnits(_) => None,
+        });
+        let kernels: Vec<_> = routed.map(|gemm| (gemm, self.kernel(gemm, gemm.narrowed()))).collect();
+        let any = kernels.iter().any(|(_, kernel)| kernel.matrix_units().is_some());
+        match self.facts.matrix_units {
+            Units::None => Units::None,
+            Units::Warps | Units::Warpgroups { multiprocessors: _ } if !any => Units::None,
+            Units::Warps => Units::Warps,
+            units @ Units::Warpgroups { multiprocessors: _ } => {
+                let all = kernels.iter().all(|(gemm, kernel)| self.fits_warpgroups(gemm, kernel));
+                if all { units } else { Units::Warps }
+            }
+        }
+    }
+
+    /// Whether matrix units of warpgroups compute what the spec asks for: their sums of products of codes are narrower
+    /// than f32, and the 64 matrix rows of a warpgroup have one scale, wherever a segment begins.
+    fn fits_warpgroups(&self, gemm: &Gemm, kernel: &GroupedGemm) -> bool {
+        let of_codes = match self.spec.precision.block_scale {
+            BlockScale::Promoted => {
+                let mut spans = self.schedule.matrices[gemm.placed.matrix].segments.iter().flat_map(|part| &part.spans);
+                spans.all(|span| span.row_begin.is_multiple_of(64))
+            }
+            BlockScale::Exact | BlockScale::Folded => false,
+        };
+        let precise = match kernel.input {
+            RowValues::Floats(_) => true,
+            RowValues::Codes { code: _, group: _, scales: _ } => of_codes,
+        };
+        precise && kernel.fits_warpgroups()
     }
 
     /// Buffers, matrices and steps, but for what a bucket chooses.
@@ -545,26 +607,47 @@ impl<'a> Lowering<'a> {
                 continue;
             }
             covered = tokens;
-            let choice = match (cut, self.units) {
+            let choice = match (cut, self.units_of(cut)) {
                 (Cut::Gemv, _) => "a row at a time",
-                (Cut::Pairs, false) => "two rows at a time",
-                (Cut::Quads, false) => "four rows at a time",
-                (Cut::Octets, false) => "eight rows at a time",
-                (Cut::Tiles, false) => "tiles of 64 rows",
-                (Cut::Pairs, true) => "eight rows at a time on matrix units",
-                (Cut::Quads, true) => "sixteen rows at a time on matrix units",
-                (Cut::Octets, true) => "32 rows at a time on matrix units",
-                (Cut::Tiles, true) => "64 rows at a time on matrix units",
+                (Cut::Pairs, Units::None) => "two rows at a time",
+                (Cut::Quads, Units::None) => "four rows at a time",
+                (Cut::Octets, Units::None) => "eight rows at a time",
+                (Cut::Tiles, Units::None) => "tiles of 64 rows",
+                (Cut::Pairs, Units::Warps) => "eight rows at a time on matrix units",
+                (Cut::Quads, Units::Warps) => "sixteen rows at a time on matrix units",
+                (Cut::Octets, Units::Warps) => "32 rows at a time on matrix units",
+                (Cut::Tiles, Units::Warps) => "64 rows at a time on matrix units",
+                (Cut::Pairs, Units::Warpgroups { multiprocessors: _ }) => {
+                    "sixteen rows at a time on matrix units of warpgroups"
+                }
+                (Cut::Quads, Units::Warpgroups { multiprocessors: _ }) => {
+                    "32 rows at a time on matrix units of warpgroups"
+                }
+                (Cut::Octets, Units::Warpgroups { multiprocessors: _ }) => {
+                    "64 rows at a time on matrix units of warpgroups"
+                }
+                (Cut::Tiles, Units::Warpgroups { multiprocessors: _ }) => {
+                    "up to 160 rows at a time on matrix units of warpgroups"
+                }
             };
             let because = match (self.options.cuts, cut, self.units) {
                 (Cuts::UpTo(_), _, _) => "options.cuts says so",
                 (Cuts::ByMeanRows, Cut::Gemv, _) => "in small calls few matrices have more than one row",
-                (Cuts::ByMeanRows, Cut::Pairs, false) => "up to 2 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Quads, false) => "up to 8 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Octets, false) => "up to 48 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Pairs, true) => "up to 5 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Quads, true) => "up to 18 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Octets, true) => "up to 28 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Pairs, Units::None) => "up to 2 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Quads, Units::None) => "up to 8 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Octets, Units::None) => "up to 48 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Pairs, Units::Warps) => "up to 5 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Quads, Units::Warps) => "up to 18 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Octets, Units::Warps) => "up to 28 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Pairs, Units::Warpgroups { multiprocessors: _ }) => {
+                    "up to 6 rows of a matrix in the mean"
+                }
+                (Cuts::ByMeanRows, Cut::Quads, Units::Warpgroups { multiprocessors: _ }) => {
+                    "up to 16 rows of a matrix in the mean"
+                }
+                (Cuts::ByMeanRows, Cut::Octets, Units::Warpgroups { multiprocessors: _ }) => {
+                    "up to 40 rows of a matrix in the mean"
+                }
                 (Cuts::ByMeanRows, Cut::Tiles, _) => "in large calls the rows of a matrix fill them",
             };
             self.decide("grouped_gemm", choice, because);
@@ -581,6 +664,10 @@ impl<'a> Lowering<'a> {
                     (Draft::ByBucket(both), cut) => {
                         let [beside_rows, beside_tiled] = both.as_ref();
                         steps.push(if cut == Cut::Tiles { beside_tiled } else { beside_rows }.clone());
+                    }
+                    (Draft::BesideUnits(both), cut) => {
+                        let [beside_gemv, beside_units] = both.as_ref();
+                        steps.push(if cut == Cut::Gemv { beside_gemv } else { beside_units }.clone());
                     }
                 }
             }
@@ -599,13 +686,13 @@ impl<'a> Lowering<'a> {
             Cut::Gemv => workgroups / rows_per_token,
             // Or a tile, which need not be full.
             Cut::Pairs | Cut::Quads | Cut::Octets => {
-                workgroups.saturating_sub(self.spec.num_slots()) * cut.tile_rows(self.units) / rows_per_token
+                workgroups.saturating_sub(self.spec.num_slots()) * cut.tile_rows(self.units_of(cut)) / rows_per_token
             }
             // Chunks are cut for these.
             Cut::Tiles => usize::MAX,
         };
         let wanted = match self.options.cuts {
-            Cuts::ByMeanRows if self.units && cut == Cut::Gemv => UNITS_GEMV_TOKENS,
+            Cuts::ByMeanRows if self.units != Units::None && cut == Cut::Gemv => UNITS_GEMV_TOKENS,
             Cuts::ByMeanRows => {
                 (cut.most_mean_rows(self.units) * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64)
                     as usize
@@ -682,25 +769,41 @@ impl<'a> Lowering<'a> {
         let mut kernel = self.kernel(gemm, values);
         let units = match rows {
             // Logits decide, and keep all the bits of f32 rows.
-            RowSource::Direct { groups: _ } => self.facts.matrix_units && part == Part::Experts,
-            RowSource::Routed { top_k: _, num_slots: _ } => self.units && !adapter,
+            RowSource::Direct { groups: _ } => part == Part::Experts && self.facts.matrix_units != Units::None,
+            RowSource::Routed { top_k: _, num_slots: _ } => self.units != Units::None && !adapter,
         };
         let units = units && cut != Cut::Gemv && kernel.matrix_units().is_some();
         match gemm.narrow {
             Narrow::Out if units => kernel.stored = FloatType::Bf16,
-            Narrow::Rows if units => kernel.input = RowValues::Floats(FloatType::Bf16),
+            Narrow::Rows if units => kernel.input = gemm.narrowed(),
             Narrow::Neither | Narrow::Out | Narrow::Rows => {}
         }
+        if gemm.weighted && units {
+            (kernel.epilogue, kernel.stored) = (Epilogue::Weighted, FloatType::Bf16);
+        }
+        // The routed experts' GEMMs share their tiles; those of the others are as high as their kernel has them.
+        let tiles = match (rows, self.facts.matrix_units) {
+            (RowSource::Routed { top_k: _, num_slots: _ }, _) => self.units_of(cut),
+            (RowSource::Direct { groups: _ }, _) if !units => Units::None,
+            (RowSource::Direct { groups: _ }, Units::Warpgroups { multiprocessors: _ })
+                if !self.fits_warpgroups(gemm, &kernel) =>
+            {
+                Units::Warps
+            }
+            (RowSource::Direct { groups: _ }, units) => units,
+        };
         for (segment, &(codes, spans)) in placed.buffers.iter().enumerate() {
             let span_rows = matrix.max_span_rows(segment);
             let by_row = |lanes: u32| GEMV_WORKGROUP / lanes * GEMV_ROWS_PER_LANE;
-            // The routed experts' GEMMs share their tiles.
-            let rows_of_tile = cut.tile_rows(match rows {
-                RowSource::Direct { groups: _ } => units,
-                RowSource::Routed { top_k: _, num_slots: _ } => self.units,
-            });
+            let rows_of_tile = cut.tile_rows(tiles);
             let (variant, tile_cols) = match (cut, rows_of_tile) {
-                (_, rows) if units => (GemmVariant::Mma { rows }, mma_matrix_rows(rows)),
+                (_, rows) if units => match tiles {
+                    Units::Warpgroups { multiprocessors: _ } => {
+                        let height = kernel.wgmma_matrix_rows(rows);
+                        (GemmVariant::Wgmma { rows, matrix_blocks: span_rows.div_ceil(height) }, height)
+                    }
+                    Units::None | Units::Warps => (GemmVariant::Mma { rows }, mma_matrix_rows(rows)),
+                },
                 (Cut::Gemv, _) => {
                     let most = if matrix.rows < FEW_MATRIX_ROWS { GEMV_WORKGROUP } else { GEMV_LANES };
                     let lanes = lanes(kernel.vecs_per_row(), most);
@@ -719,10 +822,16 @@ impl<'a> Lowering<'a> {
                 (None, rows) => Extent::PerToken { items: self.rows_per_token(rows), per: 1, limit },
                 (Some(rows), RowSource::Direct { groups }) => Extent::GroupTiles { groups, rows },
                 (Some(_), RowSource::Routed { top_k, num_slots }) => {
-                    Extent::Tiles(Permute { num_slots, top_k, tile_rows: rows_of_tile })
+                    Extent::Tiles(Permute { num_slots, top_k, tile_rows: rows_of_tile, warps: false })
                 }
             };
-            let grid = Grid { x: Extent::Fixed(span_rows.div_ceil(tile_cols)), y };
+            let grid = match (variant, tiles) {
+                // Blocks that stay.
+                (GemmVariant::Wgmma { rows, matrix_blocks: _ }, Units::Warpgroups { multiprocessors }) => {
+                    Grid { x: Extent::Fixed(multiprocessors * wgmma_blocks(rows)), y: Extent::Fixed(1) }
+                }
+                _ => Grid { x: Extent::Fixed(span_rows.div_ceil(tile_cols)), y },
+            };
             let operation = Operation::GroupedGemm(GroupedGemm { variant, ..kernel.clone() });
             let mut buffers = vec![("rows", input.buffer), ("segment", codes), ("spans", spans), ("out", out)];
             buffers.extend(others);

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use fastrand::Rng;
 use moewe::conformance::answers::{self, Catalogue, Piece, pieces};
 use moewe::kernels::{Epilogue, GroupedGemm, Operation, Stage};
-use moewe::schedule::{DeviceFacts, lower};
+use moewe::schedule::{DeviceFacts, Units, lower};
 use moewe::spec::Activation;
 use moewe::{Backend, Options, Scope};
 use serde_json::Value;
@@ -60,18 +60,23 @@ fn floor() -> DeviceFacts {
         max_binding_bytes: 128 << 20,
         max_workgroups: 65_535,
         exact_halves: false,
-        matrix_units: false,
+        matrix_units: Units::None,
     }
 }
 
 /// What a CUDA device has beside it.
 fn units() -> DeviceFacts {
-    DeviceFacts { exact_halves: true, matrix_units: true, ..floor() }
+    DeviceFacts { exact_halves: true, matrix_units: Units::Warps, ..floor() }
+}
+
+/// And one of compute capability 9.0.
+fn warpgroups() -> DeviceFacts {
+    DeviceFacts { matrix_units: Units::Warpgroups { multiprocessors: 132 }, ..units() }
 }
 
 #[test]
 fn every_kernel_and_fragment_that_a_layer_could_get_is_run() {
-    for facts in [gpu().facts(), floor(), DeviceFacts { exact_halves: true, ..floor() }, units()] {
+    for facts in [gpu().facts(), floor(), DeviceFacts { exact_halves: true, ..floor() }, units(), warpgroups()] {
         let (run, reachable) = (Catalogue::new(&facts).pieces(), reachable(&facts));
         let missing: Vec<_> = reachable.difference(&run).collect();
         assert!(missing.is_empty(), "{missing:?}");
@@ -95,7 +100,7 @@ fn what_is_not_run_is_known() {
             on_disk.insert(format!("{stage}/{}", file.trim_end_matches(".wgsl").trim_end_matches(".cu")));
         }
     }
-    let run: BTreeSet<String> = [floor(), units()]
+    let run: BTreeSet<String> = [floor(), units(), warpgroups()]
         .iter()
         .flat_map(|facts| Catalogue::new(facts).pieces())
         .map(|(kernel, _)| kernel.to_owned())

@@ -2,10 +2,10 @@
 
 use moewe::MoeSpec;
 use moewe::spec::{
-    Activation, ActivationQuant, ActivationRounding, ActivationScale, ChosenScore, CommonTerms, Denominator, Entry,
-    ExpertInput, ExpertMlp, FloatType, GateUpLayout, GroupScore, Groups, LogitTransform, NanPolicy, Orientation,
-    Placement, Precision, Router, Routing, RoutingMethod, ScaleFormat, Score, SelectionKey, TensorShard, WeightFormat,
-    WeightPosition,
+    Activation, ActivationQuant, ActivationRounding, ActivationScale, BlockScale, ChosenScore, CombineRounding,
+    CommonTerms, Denominator, Entry, ExpertInput, ExpertMlp, FloatType, GateUpLayout, GroupScore, Groups,
+    LogitTransform, NanPolicy, Orientation, Placement, Precision, Router, Routing, RoutingMethod, ScaleFormat, Score,
+    SelectionKey, TensorShard, WeightFormat, WeightPosition,
 };
 use moewe::weights::{Blocks, PackedScale, Parts};
 
@@ -108,6 +108,10 @@ impl Spec {
         // What the second GEMM reads is rounded once, as in the engines that are compared.
         let mut precision = Precision::float32(FloatType::Bf16, FloatType::Bf16);
         (precision.model, precision.activation) = (FloatType::Bf16, ActivationRounding::Fused);
+        // The peers' second GEMM weights its rows and rounds them.
+        precision.combine = CombineRounding::WeightedRows;
+        // What the peers' FP8 kernels keep.
+        precision.block_scale = BlockScale::Promoted;
         MoeSpec {
             hidden_size,
             num_experts: wanted.max(2 * top_k).next_multiple_of(2 * self.n_group),
