@@ -1,8 +1,9 @@
-// grouped_gemm on the matrix units of warpgroups (compute capability 9.0): out[r, f] = finish(W[slot of r] rows[r / INPUT_DIVISOR]).
+// grouped_gemm on the matrix units of warpgroups (compute capability 9.0):
+// out[r, f] = finish(W[slot of r] rows[r / INPUT_DIVISOR]).
 // One block: HEIGHT rows of a packed matrix and up to ROWS rows of a group, again and again; as many blocks as the device
 // holds walk all of them. A warpgroup copies 128 bytes of each row at a time into a ring of stages, ahead of the two
-// that multiply half of the matrix rows each, also while those finish. The weights are the operand of 64 rows, tokens that of ROWS.
-// Weights of 4 bits are decoded from a stage into registers, the others are read there by the units themselves.
+// that multiply half of the matrix rows each, also while those finish. The weights are the operand of 64 rows, tokens
+// that of ROWS. Weights of 4 bits are decoded from a stage into registers, the others are read there by the units themselves.
 // Packed matrix: see span.wgsl. out: f32 or bf16 [rows, OUT_COLS]. Twin: src/kernels/grouped_gemm.rs
 
 // Tiles of 64 matrix rows that a warpgroup multiplies.
@@ -22,7 +23,8 @@ constexpr unsigned RING_BYTES = STAGES * (STAGE_BYTES + SCALES * 4);
 // Products under way whose weights are in registers.
 constexpr int IN_FLIGHT = ROWS <= 16 ? 3 : ROWS > 64 ? 2 : 1;
 static_assert(STAGES >= 2 && STAGE_BYTES % 1024 == 0, "stages of whole panels");
-// Results of bf16 leave by vectors: a warpgroup's, of 32 rows, in order. Rows of an odd width leave by values.
+// Results of bf16 leave by vectors: a warpgroup's, of 32 rows, in order. Rows of an odd width leave by values. Segments
+// begin at multiples of 64 matrix rows.
 constexpr bool IN_ORDER = STORE_BF16 && OUT_COLS % 8 == 0;
 constexpr unsigned ORDER_COLS = 64 / FEATURE_ROWS, ORDER_STRIDE = ORDER_COLS * 2 + 16;
 // Which rows a warpgroup's tile has, and their weights.

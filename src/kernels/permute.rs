@@ -1,7 +1,8 @@
 //! `permute`: rows in order of slot, stable, and the list of tiles that the tiled GEMM walks.
 //!
 //! `row_slots` `[rows]` to `sorted_rows` `[rows]` and `tiles` [1 + tiles] of (slot, first position, rows, 0),
-//! where `tiles[0].x` counts the rest; the tiles of a slot are as few as they can be, and of one height but for the last. Slots outside `0..num_slots` are left out. Exact.
+//! where `tiles[0].x` counts the rest; the tiles of a slot are as few as they can be, and of one height but for the
+//! last. Slots outside `0..num_slots` are left out. Exact.
 
 use super::{Arguments, PARAMS, Source, Value, cuda_blocks, read, shader, write};
 use crate::error::Result;

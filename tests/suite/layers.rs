@@ -4,7 +4,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use fastrand::Rng;
 use moewe::host::{Host, Outcome, Session};
+use moewe::kernels::pack::PackedMatrix;
 use moewe::reference::{self, Inputs};
+use moewe::schedule::{DeviceFacts, Units};
 use moewe::spec::*;
 use moewe::{Options, Plan};
 
@@ -338,7 +340,6 @@ fn a_thousand_experts_are_not_too_many() {
 /// Twins of what only CUDA has: the schedule is right wherever its kernels equal them.
 #[test]
 fn schedules_for_matrix_units_compute_the_layer() {
-    use moewe::schedule::{DeviceFacts, Units};
     for (matrix_units, kernel) in
         [(Units::Warps, "grouped_gemm/mma"), (Units::Warpgroups { multiprocessors: 132 }, "grouped_gemm/wgmma")]
     {
@@ -370,9 +371,43 @@ fn schedules_for_matrix_units_compute_the_layer() {
     }
 }
 
+/// Their results leave by vectors, and scales are a warpgroup's.
+#[test]
+fn warpgroups_leave_segments_that_begin_between_their_rows_to_warps() {
+    let facts = DeviceFacts {
+        backend: "twins",
+        max_binding_bytes: (1 << 31) - 4,
+        max_workgroups: 65_535,
+        exact_halves: true,
+        matrix_units: Units::Warpgroups { multiprocessors: 132 },
+    };
+    let mut found = 0;
+    for spec in for_matrix_units() {
+        // Some 34 rows a segment.
+        let row_bytes = if spec.experts.format == WeightFormat::Bf16 { 576 } else { 288 };
+        let layer = RandomLayer::new(spec, 23);
+        let (hidden_states, _) = layer.inputs(50, 24);
+        let want = layer.reference(&hidden_states, None);
+        let options = Options { segment_bytes: Some(34 * row_bytes), ..TILED };
+        let cpu = layer.on_cpu(50, &options, Some(facts));
+        let schedule = cpu.plan().schedule();
+        let odd = |matrix: &PackedMatrix| {
+            let mut spans = matrix.segments.iter().flat_map(|segment| &segment.spans);
+            matrix.name.starts_with("experts.") && spans.any(|span| !span.row_begin.is_multiple_of(64))
+        };
+        if schedule.matrices.iter().any(odd) {
+            let steps = cpu.bound().steps(50).iter().filter(|step| step.name.starts_with("experts."));
+            let kernels: Vec<_> = steps.map(|step| step.operation.source().kernel()).collect();
+            assert!(kernels.contains(&"grouped_gemm/mma") && !kernels.contains(&"grouped_gemm/wgmma"), "{kernels:?}");
+            found += 1;
+        }
+        compare(&layer, &want, &cpu.run(&Inputs::of(&hidden_states)).unwrap(), "odd segments");
+    }
+    assert!(found > 1, "{found} layers");
+}
+
 #[test]
 fn token_chunks_give_the_same_rows() {
-    use moewe::schedule::{DeviceFacts, Units};
     let layer = RandomLayer::new(deepseek_like(), 6);
     let tokens = 300;
     let (hidden_states, _) = layer.inputs(tokens, 8);

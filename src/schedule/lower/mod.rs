@@ -552,20 +552,19 @@ impl<'a> Lowering<'a> {
     }
 
     /// Whether matrix units of warpgroups compute what the spec asks for: their sums of products of codes are narrower
-    /// than f32, and the 64 matrix rows of a warpgroup have one scale, wherever a segment begins.
+    /// than f32. The 64 matrix rows of a warpgroup have one scale, and leave by whole vectors, where segments begin at
+    /// multiples of them.
     fn fits_warpgroups(&self, gemm: &Gemm, kernel: &GroupedGemm) -> bool {
-        let of_codes = match self.spec.precision.block_scale {
-            BlockScale::Promoted => {
-                let mut spans = self.schedule.matrices[gemm.placed.matrix].segments.iter().flat_map(|part| &part.spans);
-                spans.all(|span| span.row_begin.is_multiple_of(64))
-            }
+        let promoted = match self.spec.precision.block_scale {
+            BlockScale::Promoted => true,
             BlockScale::Exact | BlockScale::Folded => false,
         };
         let precise = match kernel.input {
             RowValues::Floats(_) => true,
-            RowValues::Codes { code: _, group: _, scales: _ } => of_codes,
+            RowValues::Codes { code: _, group: _, scales: _ } => promoted,
         };
-        precise && kernel.fits_warpgroups()
+        let mut spans = self.schedule.matrices[gemm.placed.matrix].segments.iter().flat_map(|part| &part.spans);
+        precise && kernel.fits_warpgroups() && spans.all(|span| span.row_begin.is_multiple_of(64))
     }
 
     /// Buffers, matrices and steps, but for what a bucket chooses.
