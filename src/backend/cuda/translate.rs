@@ -91,16 +91,19 @@ const NATIVE: [(&str, &str); 4] = [
 #endif
 ",
     ),
-    // Without branches: 2^(x log2 e) with what the product has lost, and a division within 2 ulp.
+    // Without branches: 2^(x log2 e) with what the product has lost, and an inverse within an ulp, which may be subnormal.
     (
         "times_sigmoid",
         "    {
-        const float x = fminf(-argument_1, 88.0f), power = x * 1.44269502f;
+        // Where the exponential is nothing beside 1 it need not know more: an infinite one would lose an infinity.
+        const float x = fminf(fmaxf(-argument_1, -104.0f), 88.0f), power = x * 1.44269502f;
         const float lost = fmaf(x, 1.44269502f, -power) + x * 1.92596299e-8f;
         float exponential;
         asm(\"ex2.approx.f32 %0, %1;\" : \"=f\"(exponential) : \"f\"(power));
         exponential = fmaf(exponential, lost * 0.693147182f, exponential);
-        const unsigned quotient = __float_as_uint(__fdividef(argument_0, 1.0f + exponential));
+        float inverse;
+        asm(\"rcp.approx.f32 %0, %1;\" : \"=f\"(inverse) : \"f\"(1.0f + exponential));
+        const unsigned quotient = __float_as_uint(argument_0 * inverse);
         const unsigned given = __float_as_uint(argument_0), bits = argument_1 < -88.0f ? 0x80000000u : quotient;
         return __uint_as_float(given == 0xff800000u || (given & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits);
     }
