@@ -13,7 +13,7 @@ use moewe::spec::*;
 use naga::valid::{Capabilities, GlobalUse, ModuleInfo, ValidationFlags, Validator};
 
 use crate::random::{random_spec, specs};
-use crate::rig::{CUTS, TILED, for_matrix_units};
+use crate::rig::{CUTS, TILED, for_matrix_units, with_units};
 
 /// Every distinct kernel of many random schedules, by its text.
 pub fn kernels() -> BTreeMap<String, Source> {
@@ -51,13 +51,7 @@ pub fn kernels() -> BTreeMap<String, Source> {
 
 /// What the steps of these layers are made of, however their GEMMs are cut, on a device with these units.
 pub fn sources_for(matrix_units: Units, specs: impl IntoIterator<Item = MoeSpec>) -> Vec<Source> {
-    let facts = DeviceFacts {
-        backend: "text",
-        max_binding_bytes: (1 << 34) - 16,
-        max_workgroups: 65_535,
-        exact_halves: true,
-        matrix_units,
-    };
+    let facts = with_units(matrix_units);
     let mut sources = vec![];
     for spec in specs {
         for options in CUTS {

@@ -13,7 +13,7 @@ use moewe::{Options, Plan};
 use crate::random::{CPU_SAMPLES, GPU_SAMPLES, Sample, samples, specs};
 use crate::rig::{
     AUTO, CUTS, GEMV, LayerInputs, PAIRS, RandomLayer, TILED, deepseek_like, for_matrix_units, fresh_gpu, gpu,
-    segmented,
+    segmented, with_units,
 };
 
 /// Largest |a - b| relative to the row's largest value: a row is a sum of products of one size, so its rounding
@@ -348,13 +348,7 @@ fn schedules_for_matrix_units_compute_the_layer() {
             let (hidden_states, _) = layer.inputs(90, 22);
             let want = layer.reference(&hidden_states, None);
             for options in CUTS {
-                let facts = DeviceFacts {
-                    backend: "twins",
-                    max_binding_bytes: (1 << 31) - 4,
-                    max_workgroups: 65_535,
-                    exact_halves: true,
-                    matrix_units,
-                };
+                let facts = with_units(matrix_units);
                 let cpu = layer.on_cpu(90, &options, Some(facts));
                 let kernels: Vec<_> =
                     cpu.bound().steps(90).iter().map(|step| step.operation.source().kernel()).collect();
@@ -374,13 +368,7 @@ fn schedules_for_matrix_units_compute_the_layer() {
 /// Their results leave by vectors, and scales are a warpgroup's.
 #[test]
 fn warpgroups_leave_segments_that_begin_between_their_rows_to_warps() {
-    let facts = DeviceFacts {
-        backend: "twins",
-        max_binding_bytes: (1 << 31) - 4,
-        max_workgroups: 65_535,
-        exact_halves: true,
-        matrix_units: Units::Warpgroups { multiprocessors: 132 },
-    };
+    let facts = with_units(Units::Warpgroups { multiprocessors: 132 });
     let mut found = 0;
     for spec in for_matrix_units() {
         // Some 34 rows a segment.

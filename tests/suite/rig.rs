@@ -8,7 +8,7 @@ use fastrand::Rng;
 use moewe::conformance::sample;
 use moewe::host::{self, Adapter, Limits, Session};
 use moewe::reference::{self, Inputs};
-use moewe::schedule::DeviceFacts;
+use moewe::schedule::{DeviceFacts, Units};
 use moewe::spec::{
     ActivationCode, ActivationQuant, ActivationRounding, ActivationScale, BlockScale, CombineRounding, FloatType,
     MoeSpec, Precision, RoutingMethod, ScaleFormat, ScaleRule, ScaleSpan, Score, SelectionKey, WeightFormat,
@@ -149,6 +149,17 @@ impl RandomLayer {
         let cpu = facts.map_or_else(Cpu::new, Cpu::like);
         let plan = Plan::new(cpu, &self.spec, &self.weights(), max_tokens, &segmented(options)).unwrap();
         Session::new(plan, &self.spec).unwrap()
+    }
+}
+
+/// A device of CUDA with these units, for schedules and twins.
+pub fn with_units(matrix_units: Units) -> DeviceFacts {
+    DeviceFacts {
+        backend: "units",
+        max_binding_bytes: (1 << 31) - 4,
+        max_workgroups: 65_535,
+        exact_halves: true,
+        matrix_units,
     }
 }
 
