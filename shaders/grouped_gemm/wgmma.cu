@@ -81,7 +81,6 @@ template <int N> __device__ void multiply(float (&sums)[N / 2], const unsigned (
             " {" TEXT_##n "}, {" R4(a, a1, a2, a3) "}, rows, add, 1, 1, 0; }" \
             : SUMS_##n : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(rows), "r"(int(add))); \
     }
-MULTIPLY(8, 4, 5, 6, 5, 6, 7, 8, 9)
 MULTIPLY(16, 8, 9, 10, 9, 10, 11, 12, 13)
 MULTIPLY(32, 16, 17, 18, 17, 18, 19, 20, 21)
 MULTIPLY(64, 32, 33, 34, 33, 34, 35, 36, 37)
@@ -273,7 +272,7 @@ KERNEL {
 #pragma unroll
         for (unsigned at = 0; at < LISTED; at++) {
             listed_rows[at] = tile_row(tile, tile.first + min(thread + 128 * at, tile.count - 1));
-            listed_weights[at] = WEIGHTED_ROWS ? topk_weight(listed_rows[at]) : 1.0f;
+            listed_weights[at] = topk_weight(listed_rows[at]);
         }
         uint2* const list = reinterpret_cast<uint2*>(memory + skipped + LIST_BEGIN + (role - 1) * LIST_BYTES);
         const auto compute = [&](auto width) {
@@ -446,9 +445,8 @@ KERNEL {
 #else
                         const float gate_sum = one, up_sum = other;
 #endif
-                        const float token_scale = row_input_scale(rows[at] / INPUT_DIVISOR);
-                        gates[at] = add_delta(rows[at], gate_row, gate_sum * (gate_scale * token_scale)) + gate_bias;
-                        ups[at] = add_delta(rows[at], up_row, up_sum * (up_scale * token_scale)) + up_bias;
+                        gates[at] = add_delta(rows[at], gate_row, gate_sum * gate_scale) + gate_bias;
+                        ups[at] = add_delta(rows[at], up_row, up_sum * up_scale) + up_bias;
                     }
 #pragma unroll
                     for (int at = 0; at < BATCH; at++) {
@@ -456,8 +454,8 @@ KERNEL {
                         gates[at] = finish(rows[at], gate_row / 2, gates[at], ups[at]);
 #else
                         if (WEIGHTED_ROWS) {
-                            gates[at] = round_model(weights[at] * gates[at]);
-                            ups[at] = round_model(weights[at] * ups[at]);
+                            gates[at] = weigh_row(weights[at], gates[at]);
+                            ups[at] = weigh_row(weights[at], ups[at]);
                         } else {
                             gates[at] = finish(rows[at], gate_row, gates[at], gates[at]);
                             ups[at] = finish(rows[at], up_row, ups[at], ups[at]);

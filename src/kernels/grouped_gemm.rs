@@ -657,12 +657,9 @@ impl GroupedGemm {
                 constants.push(("STORE_BF16", Value::Bool(self.stored == FloatType::Bf16)));
                 constants.push(("PAIR", Value::U32(self.pair as u32)));
                 constants.push(("WEIGHTED_ROWS", Value::Bool(self.epilogue == Epilogue::Weighted)));
-                fragments.push(match self.epilogue {
-                    Epilogue::Weighted => shader!("fragments/topk_weight.wgsl"),
-                    Epilogue::Sums | Epilogue::AddState | Epilogue::GeluErf | Epilogue::Activation(_) => {
-                        shader!("fragments/topk_weight_none.wgsl")
-                    }
-                });
+                if self.epilogue != Epilogue::Weighted {
+                    fragments.push(shader!("fragments/rows_unweighted.wgsl"));
+                }
                 tile_source(source, rows, &mut constants, &mut bindings, &mut fragments);
                 fragments.push(shader!("grouped_gemm/wgmma.cu"));
             }

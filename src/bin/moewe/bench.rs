@@ -258,6 +258,7 @@ struct Verdict {
     complaint: Option<String>,
 }
 
+/// What a sampled row of a case may be off by.
 fn tolerance(spec: &MoeSpec) -> f64 {
     let quantised = match spec.precision.block_scale {
         BlockScale::Promoted => PROMOTED_TOLERANCE,

@@ -322,7 +322,7 @@ impl Lowering<'_> {
     }
 
     /// The rows of the routed experts in calls of this cut.
-    fn permute(&self, cut: Cut) -> Permute {
+    pub(super) fn permute(&self, cut: Cut) -> Permute {
         Permute {
             num_slots: self.spec.num_slots(),
             top_k: self.spec.rows_per_token(),

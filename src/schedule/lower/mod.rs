@@ -820,9 +820,7 @@ impl<'a> Lowering<'a> {
             let y = match (variant.tile_rows(), rows) {
                 (None, rows) => Extent::PerToken { items: self.rows_per_token(rows), per: 1, limit },
                 (Some(rows), RowSource::Direct { groups }) => Extent::GroupTiles { groups, rows },
-                (Some(_), RowSource::Routed { top_k, num_slots }) => {
-                    Extent::Tiles(Permute { num_slots, top_k, tile_rows: rows_of_tile, warps: false })
-                }
+                (Some(_), RowSource::Routed { top_k: _, num_slots: _ }) => Extent::Tiles(self.permute(cut)),
             };
             let grid = match (variant, tiles) {
                 // Blocks that stay.
