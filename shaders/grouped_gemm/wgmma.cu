@@ -36,100 +36,6 @@ static_assert(RING_BYTES % 16 == 0, "vectors behind it");
 
 static_assert(ROWS == 16 || ROWS == 32 || ROWS == 64 || ROWS == 160, "the widths of products below");
 
-// The registers of a product of so many rows, as text.
-#define R4(a, b, c, d) "%" #a ", %" #b ", %" #c ", %" #d
-#define TEXT_8 R4(0, 1, 2, 3)
-#define TEXT_16 TEXT_8 ", " R4(4, 5, 6, 7)
-#define TEXT_32 TEXT_16 ", " R4(8, 9, 10, 11) ", " R4(12, 13, 14, 15)
-#define TEXT_64 TEXT_32 ", " R4(16, 17, 18, 19) ", " R4(20, 21, 22, 23) ", " R4(24, 25, 26, 27) ", " R4(28, 29, 30, 31)
-#define TEXT_96 TEXT_64 ", " R4(32, 33, 34, 35) ", " R4(36, 37, 38, 39) ", " R4(40, 41, 42, 43) ", " R4(44, 45, 46, 47)
-#define TEXT_128 TEXT_96 ", " R4(48, 49, 50, 51) ", " R4(52, 53, 54, 55) ", " R4(56, 57, 58, 59) ", " R4(60, 61, 62, 63)
-#define TEXT_160 TEXT_128 ", " R4(64, 65, 66, 67) ", " R4(68, 69, 70, 71) ", " R4(72, 73, 74, 75) ", " R4(76, 77, 78, 79)
-#define SUMS_4(at) "+f"(sums[at]), "+f"(sums[at + 1]), "+f"(sums[at + 2]), "+f"(sums[at + 3])
-#define SUMS_8 SUMS_4(0)
-#define SUMS_16 SUMS_8, SUMS_4(4)
-#define SUMS_32 SUMS_16, SUMS_4(8), SUMS_4(12)
-#define SUMS_64 SUMS_32, SUMS_4(16), SUMS_4(20), SUMS_4(24), SUMS_4(28)
-#define SUMS_96 SUMS_64, SUMS_4(32), SUMS_4(36), SUMS_4(40), SUMS_4(44)
-#define SUMS_128 SUMS_96, SUMS_4(48), SUMS_4(52), SUMS_4(56), SUMS_4(60)
-#define SUMS_160 SUMS_128, SUMS_4(64), SUMS_4(68), SUMS_4(72), SUMS_4(76)
-
-#if WEIGHT_KIND == 1
-#define SHAPE "k32.f32.e4m3.e4m3"
-#define TRANSPOSED ""
-#else
-#define SHAPE "k16.f32.bf16.bf16"
-#define TRANSPOSED ", 0, 0"
-#endif
-
-// sums = weights rows, or + sums: 64 matrix rows by 32 bytes of each row. Both operands by their place in a stage, as
-// `panel_at` has it: the units are told of rows of 128 bytes in groups of 8, with vectors exchanged within a row.
-template <int N> __device__ void multiply(float (&sums)[N / 2], unsigned weights, unsigned rows, bool add);
-// Likewise with weights in registers.
-template <int N> __device__ void multiply(float (&sums)[N / 2], const unsigned (&weights)[4], unsigned rows, bool add);
-#define MULTIPLY(n, a, b, p, a1, a2, a3, b2, p2) \
-    template <> __device__ __forceinline__ void multiply<n>(float (&sums)[n / 2], unsigned weights, unsigned rows, bool add) { \
-        asm volatile("{ .reg .pred add; .reg .b64 weights, rows;" \
-            " mov.b64 weights, {%" #a ", 0x40000040}; mov.b64 rows, {%" #b ", 0x40000040};" \
-            " setp.ne.b32 add, %" #p ", 0; wgmma.mma_async.sync.aligned.m64n" #n SHAPE \
-            " {" TEXT_##n "}, weights, rows, add, 1, 1" TRANSPOSED "; }" \
-            : SUMS_##n : "r"(weights), "r"(rows), "r"(int(add))); \
-    } \
-    template <> __device__ __forceinline__ void multiply<n>(float (&sums)[n / 2], const unsigned (&weights)[4], unsigned rows, bool add) { \
-        asm volatile("{ .reg .pred add; .reg .b64 rows; mov.b64 rows, {%" #b2 ", 0x40000040};" \
-            " setp.ne.b32 add, %" #p2 ", 0; wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16" \
-            " {" TEXT_##n "}, {" R4(a, a1, a2, a3) "}, rows, add, 1, 1, 0; }" \
-            : SUMS_##n : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(rows), "r"(int(add))); \
-    }
-MULTIPLY(16, 8, 9, 10, 9, 10, 11, 12, 13)
-MULTIPLY(32, 16, 17, 18, 17, 18, 19, 20, 21)
-MULTIPLY(64, 32, 33, 34, 33, 34, 35, 36, 37)
-MULTIPLY(96, 48, 49, 50, 49, 50, 51, 52, 53)
-MULTIPLY(128, 64, 65, 66, 65, 66, 67, 68, 69)
-MULTIPLY(160, 80, 81, 82, 81, 82, 83, 84, 85)
-
-// Registers that a product writes may not be read or moved before it is waited for.
-template <int N> __device__ __forceinline__ void pin(float (&sums)[N]) {
-#pragma unroll
-    for (int at = 0; at < N; at++) {
-        asm volatile("" : "+f"(sums[at]) :: "memory");
-    }
-}
-
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void wait_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LEFT) : "memory");
-}
-
-__device__ __forceinline__ void arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void wait_for(unsigned barrier, unsigned parity) {
-    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }"
-        :: "r"(barrier), "r"(parity) : "memory");
-}
-
-// A stage that has been copied; the units read shared memory by another way than threads write it.
-__device__ __forceinline__ void wait_for_copies(unsigned barrier, unsigned parity) {
-    wait_for(barrier, parity);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// 16 bytes, or none of them and zeros.
-__device__ __forceinline__ void copy_vec(unsigned to, const uint4* from, unsigned bytes) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void copy_word(unsigned to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ unsigned panel_at(unsigned address) {
-    return address >> 4 | 1u << 16;
-}
-
 // Two pairs of bf16 from four codes of E2M1, the first of them low, times a power of two.
 __device__ __forceinline__ void decode_four(unsigned codes, unsigned scale, unsigned& first, unsigned& second) {
     const unsigned which = codes & 0x7777u;
@@ -148,46 +54,17 @@ template <int VALUE> struct Int {
 
 KERNEL {
     extern __shared__ unsigned char memory[];
-    unsigned ring;
-    asm("{ .reg .u64 address; cvta.to.shared.u64 address, %1; cvt.u32.u64 %0, address; }" : "=r"(ring) : "l"(memory));
-    const unsigned skipped = (1024 - ring % 1024) % 1024;
-    ring += skipped;
+    unsigned skipped;
+    const unsigned ring = ring_of(memory, skipped);
     const unsigned scales_begin = STAGES * STAGE_BYTES, full = ring + RING_BYTES, empty = full + 8 * STAGES;
     const unsigned thread = threadIdx.x % 128;
     // The compiler is to know that it is the same for all threads of a warp.
     const unsigned role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-    if (threadIdx.x == 0) {
-        for (unsigned stage = 0; stage < STAGES; stage++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(full + 8 * stage), "r"(COPIERS) : "memory");
-            // The warps that multiply.
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty + 8 * stage), "r"(4 * MULTIPLIERS) : "memory");
-        }
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-    __syncthreads();
+    // The warps that multiply.
+    prepare_barriers(full, empty, STAGES, COPIERS, 4 * MULTIPLIERS);
     WAIT;
-    unsigned stage = 0, parity = 0;
-    const auto advance = [&]() {
-        stage++;
-        if (stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    };
-    // All pairs of a tile and a block of matrix rows, this block's share.
-    const auto each_unit = [&](const auto& visit) {
-        for (unsigned unit = blockIdx.x;; unit += gridDim.x) {
-            const Tile tile = tile_of(unit / MATRIX_BLOCKS);
-            if (tile.slot < 0) {
-                break;
-            }
-            const Span span = span_of(unsigned(tile.slot));
-            const unsigned first = span.row_begin + unit % MATRIX_BLOCKS * HEIGHT;
-            if (first < span.row_end) {
-                visit(tile, span, first);
-            }
-        }
-    };
+    Turn turn;
+    const unsigned &stage = turn.stage, &parity = turn.parity;
     if (role == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COPIER_REGISTERS));
         constexpr unsigned WEIGHT_STEP = COPIERS / WEIGHT_VECS, INPUT_STEP = COPIERS / INPUT_VECS;
@@ -199,7 +76,7 @@ KERNEL {
             + (weight_vec ^ (WEIGHT_KIND == 2 ? weight_row / 2 % 4 : weight_row % 8)) * 16;
         const unsigned input_place =
             WEIGHT_BYTES + input_vec / 8 * PANEL_BYTES + input_row * 128 + (input_vec % 8 ^ input_row % 8) * 16;
-        each_unit([&](const Tile& tile, const Span& span, unsigned first) {
+        const auto visit = [&](const Tile& tile, const Span& span, unsigned first) {
             // What stands in the place of rows that are not there meets no row that is.
             const unsigned weights_there = span.row_end - first, inputs_there = tile.count;
             const uint4* const weights =
@@ -252,9 +129,10 @@ KERNEL {
 #endif
                 // Arrives when all that this thread has begun to copy is there.
                 asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(full + 8 * stage) : "memory");
-                advance();
+                turn.advance();
             }
-        });
+        };
+        EACH_UNIT(visit);
         asm volatile("cp.async.wait_all;" ::: "memory");
         return;
     }
@@ -263,7 +141,7 @@ KERNEL {
     // Of the first of this thread's rows in a block, the other one is 8 behind it.
     const unsigned own_row = (role - 1) * 64 * TALL + thread / 32 * 16 + group;
     const unsigned char* const ring_memory = memory + skipped;
-    each_unit([&](const Tile& tile, const Span& span, unsigned first) {
+    const auto visit = [&](const Tile& tile, const Span& span, unsigned first) {
         const unsigned last = span.row_end - 1;
         // Asked for now, and needed when all is multiplied.
         constexpr unsigned LISTED = (ROWS + 127) / 128;
@@ -304,7 +182,7 @@ KERNEL {
                     done(before);
                 }
                 before = stage;
-                advance();
+                turn.advance();
             }
             wait_products<0>();
             done(before);
@@ -342,7 +220,7 @@ KERNEL {
                 wait_products<0>();
                 promote(sums);
                 done(stage);
-                advance();
+                turn.advance();
             }
 #else
             unsigned before = STAGES;
@@ -387,7 +265,7 @@ KERNEL {
                     }
                 }
                 before = stage;
-                advance();
+                turn.advance();
             }
             wait_products<0>();
             done(before);
@@ -520,5 +398,6 @@ KERNEL {
         } else {
             compute(Int<(ROWS > 64 ? 160 : FEW)>());
         }
-    });
+    };
+    EACH_UNIT(visit);
 }

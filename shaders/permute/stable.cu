@@ -18,17 +18,38 @@ KERNEL {
     WAIT;
     __syncthreads();
     const unsigned row_count = token_count() * ROWS_PER_TOKEN;
-    const unsigned stretch = ((row_count + WARPS - 1) / WARPS + 31) / 32 * 32;
+    // A lane has four rows at a time, behind those of the lane before.
+    const unsigned stretch = ((row_count + WARPS - 1) / WARPS + 127) / 128 * 128;
     const unsigned begin = min(warp * stretch, row_count), end = min(begin + stretch, row_count);
-    unsigned mine = 0;
-#pragma unroll 4
-    for (unsigned first = begin; first < end; first += 32) {
-        const int slot = first + lane < end ? row_slots_[first + lane] : -1;
-        if (slot >= 0 && slot < int(NUM_SLOTS)) {
-            atomicAdd(&histogram[slot], 1u);
+    const auto each_four = [&](const auto& visit) {
+#pragma unroll 2
+        for (unsigned first = begin; first < end; first += 128) {
+            const unsigned row = first + 4 * lane;
+            int4 slots = make_int4(-1, -1, -1, -1);
+            if (row + 4 <= end) {
+                slots = *reinterpret_cast<const int4*>(row_slots_ + row);
+            } else {
+                slots.x = row < end ? row_slots_[row] : -1;
+                slots.y = row + 1 < end ? row_slots_[row + 1] : -1;
+                slots.z = row + 2 < end ? row_slots_[row + 2] : -1;
+            }
+            visit(row, slots);
         }
-        mine += __popc(__ballot_sync(0xffffffffu, slot == int(own)));
-    }
+    };
+    unsigned mine = 0;
+    each_four([&](unsigned, int4 slots) {
+        const auto count = [&](int slot) {
+            if (slot >= 0 && slot < int(NUM_SLOTS)) {
+                atomicAdd(&histogram[slot], 1u);
+            }
+            mine += slot == int(own);
+        };
+        count(slots.x);
+        count(slots.y);
+        count(slots.z);
+        count(slots.w);
+    });
+    mine = __reduce_add_sync(0xffffffffu, mine);
     if (lane == 0) {
         own_rows[warp] = mine;
     }
@@ -53,18 +74,25 @@ KERNEL {
     for (unsigned before = 0; before < warp; before++) {
         position += own_rows[before];
     }
-#pragma unroll 4
-    for (unsigned first = begin; first < end; first += 32) {
-        const bool ours = first + lane < end && row_slots_[first + lane] == int(own);
-        const unsigned found = __ballot_sync(0xffffffffu, ours);
-        if (ours) {
-            sorted_rows_[position + __popc(found & ((1u << lane) - 1))] = first + lane;
+    each_four([&](unsigned row, int4 slots) {
+        const bool ours[4] = {slots.x == int(own), slots.y == int(own), slots.z == int(own), slots.w == int(own)};
+        unsigned place = position;
+#pragma unroll
+        for (unsigned at = 0; at < 4; at++) {
+            const unsigned found = __ballot_sync(0xffffffffu, ours[at]);
+            place += __popc(found & ((1u << lane) - 1));
+            position += __popc(found);
         }
-        position += __popc(found);
-    }
-    // As few tiles as can be, of one height but for the last.
+#pragma unroll
+        for (unsigned at = 0; at < 4; at++) {
+            if (ours[at]) {
+                sorted_rows_[place++] = row + at;
+            }
+        }
+    });
+    // As few tiles as can be, of one height or full, but for the last.
     const unsigned count = histogram[own], tile_count = max((count + TILE_M - 1) / TILE_M, 1u);
-    const unsigned height = (count + tile_count - 1) / tile_count;
+    const unsigned height = FULL_TILES ? TILE_M : (count + tile_count - 1) / tile_count;
     for (unsigned tile = threadIdx.x; tile * height < count; tile += THREADS) {
         const unsigned done = tile * height;
         tiles_[1 + tiles_before + tile] = make_uint4(own, rows_before + done, min(height, count - done), 0);

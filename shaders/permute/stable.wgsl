@@ -83,9 +83,9 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         }
     }
     let count = row_scan[WORKGROUP - 1u];
-    // As few tiles as can be, of one height but for the last.
+    // As few tiles as can be, of one height or full, but for the last.
     let tile_count = max((count + TILE_M - 1u) / TILE_M, 1u);
-    let height = (count + tile_count - 1u) / tile_count;
+    let height = select((count + tile_count - 1u) / tile_count, TILE_M, FULL_TILES);
     for (var tile = index; tile * height < count; tile += WORKGROUP) {
         let done = tile * height;
         tiles[1u + first_tile + tile] = vec4<u32>(own, first_row + done, min(height, count - done), 0u);

@@ -19,7 +19,8 @@ use crate::plan::{Backend as _, Plan};
 use crate::reference::{self, Routed};
 use crate::schedule::{Cut, Cuts, DeviceFacts, Options, Schedule, lower};
 use crate::spec::{
-    ActivationCode, ActivationQuant, ActivationScale, MoeSpec, ScaleFormat, ScaleRule, ScaleSpan, WeightFormat,
+    ActivationCode, ActivationQuant, ActivationRounding, ActivationScale, BlockScale, CombineRounding, FloatType,
+    MoeSpec, Precision, ScaleFormat, ScaleRule, ScaleSpan, WeightFormat,
 };
 use crate::support::Scope;
 
@@ -161,7 +162,7 @@ const OPTIONS: [Options; 4] = [
     Options { fuse_quantization: false, diagnostics: true, ..Options::AUTO },
     // The layers are too small to have tiles of themselves.
     Options { cuts: Cuts::only(Cut::Tiles), ..Options::AUTO },
-    Options { cuts: Cuts::only(Cut::Tiles), fuse_quantization: false, ..Options::AUTO },
+    Options { cuts: Cuts::only(Cut::FullTiles), fuse_quantization: false, ..Options::AUTO },
 ];
 
 /// Both specs of every witness.
@@ -181,7 +182,13 @@ fn candidates() -> Vec<Known> {
     (blocks.hidden_size, blocks.experts.intermediate_size) = (256, 256);
     blocks.experts.format = WeightFormat::Fp8Block { block: [128, 128], scale: ScaleFormat::F32 };
     blocks.experts.activation_quant = ActivationQuant::dynamic_fp8(128, ActivationScale::F32);
+    // As engines compute them.
+    let mut rounded = blocks.clone();
+    rounded.precision = Precision::float32(FloatType::Bf16, FloatType::Bf16);
+    (rounded.precision.model, rounded.precision.activation) = (FloatType::Bf16, ActivationRounding::Fused);
+    (rounded.precision.combine, rounded.precision.block_scale) = (CombineRounding::WeightedRows, BlockScale::Promoted);
     specs.push(("experts.format.Fp8Block of 128 columns".into(), blocks));
+    specs.push(("precision.block_scale.Promoted".into(), rounded));
     let mut tensor = base();
     let (rule, scale) = (ScaleRule::FlooredAmaxTimesReciprocal, ActivationScale::F32);
     tensor.experts.activation_quant = ActivationQuant::Dynamic { code, span, rule, scale };

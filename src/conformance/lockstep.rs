@@ -158,9 +158,10 @@ fn judge(operation: &Operation, spec: &MoeSpec, buffer: &Buffer, want: &[u32], f
 /// many blocks need not have.
 fn product_tolerance(gemm: &GroupedGemm) -> f64 {
     match (gemm.variant, gemm.input) {
-        (GemmVariant::Wgmma { rows: _, matrix_blocks: _ }, RowValues::Codes { code: _, group: _, scales: _ }) => {
-            PROMOTED_TOLERANCE
-        }
+        (
+            GemmVariant::Wgmma { rows: _, matrix_blocks: _, matrix_vecs: _ },
+            RowValues::Codes { code: _, group: _, scales: _ },
+        ) => PROMOTED_TOLERANCE,
         _ => sum_tolerance(gemm.cols),
     }
 }

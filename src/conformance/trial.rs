@@ -21,7 +21,7 @@ const MAX_TOKENS: usize = 48;
 const WEIGHTS: u64 = 21;
 const INPUTS: u64 = 22;
 
-const OPTIONS: Options = Options { cuts: Cuts::UpTo([CALLS[0].1, 0, CALLS[1].1, 0]), ..Options::AUTO };
+const OPTIONS: Options = Options { cuts: Cuts::UpTo([CALLS[0].1, 0, CALLS[1].1, 0, usize::MAX]), ..Options::AUTO };
 
 /// What a device may be off by, relative to the norm of what is compared. A backend is right to about 1e-6. Beside
 /// the middle of two values of T, or of two codes, that becomes a step of T or of the codes, in a few values of

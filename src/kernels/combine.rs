@@ -8,7 +8,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::{
-    Arguments, PARAMS, Source, Value, decode_value, input_fragments, read, round_fragments, shader, unique, write,
+    Arguments, PARAMS, Source, Value, cuda_blocks, decode_value, input_fragments, read, round_fragments, shader,
+    unique, write,
 };
 use crate::error::Result;
 use crate::numerics;
@@ -35,7 +36,12 @@ pub struct Combine {
     pub model: FloatType,
     /// Type of the output.
     pub output: FloatType,
+    /// Whether a thread sums eight columns of bf16 rows: CUDA.
+    pub vectors: bool,
 }
+
+/// Threads of a block that sums vectors.
+const VECTOR_THREADS: u32 = 64;
 
 /// The routed part.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,7 +91,8 @@ pub enum SharedFactor {
 
 impl Combine {
     pub(super) fn source(&self) -> Source {
-        let Self { hidden_size, routed, rows, output_scale, output_bias, shared, rounding, model, output } = self;
+        let Self { hidden_size, routed, rows, output_scale, output_bias, shared, rounding, model, output, vectors } =
+            self;
         let mut constants = vec![
             ("HIDDEN_SIZE", Value::U32(*hidden_size as u32)),
             ("ROUTED_SCALING_FACTOR", Value::F32(*output_scale)),
@@ -188,9 +195,20 @@ impl Combine {
                 fragments.extend([shader!("fragments/encode_bf16.wgsl"), shader!("fragments/store_bf16.wgsl")]);
             }
         }
-        fragments.push(shader!("combine/slots.wgsl"));
+        fragments.push(match vectors {
+            true => {
+                constants.extend(cuda_blocks(VECTOR_THREADS));
+                shader!("combine/vectors.cu")
+            }
+            false => shader!("combine/slots.wgsl"),
+        });
         bindings.push(write("out", "array<u32>"));
         Source { constants, bindings, fragments: unique(fragments) }
+    }
+
+    /// Columns of a token that a workgroup has.
+    pub fn workgroup_columns(&self) -> usize {
+        if self.vectors { 8 * VECTOR_THREADS as usize } else { 64 }
     }
 
     /// The same sum of rows that are weighted and rounded to bf16 already; none where weights do not act here.
@@ -210,7 +228,8 @@ impl Combine {
             }
             | Routed::Row => return None,
         };
-        Some(Self { routed, rows: FloatType::Bf16, ..self.clone() })
+        let vectors = self.hidden_size.is_multiple_of(8) && self.output == FloatType::Bf16;
+        Some(Self { routed, rows: FloatType::Bf16, vectors, ..self.clone() })
     }
 
     pub(super) fn run(&self, arguments: &mut Arguments<'_>) -> Result<()> {

@@ -8,13 +8,14 @@
 use std::cell::Cell;
 use std::ops::Range;
 
+use arrayvec::ArrayVec;
 use rayon::prelude::*;
 
 use super::pack::{PackedBlocks, PackedMatrix, SPAN_WORDS};
 use super::quantize::ScaleLayout;
 use super::{
-    Access, Arguments, Binding, Fragment, PARAMS, Source, Value, cuda_blocks, decode_value, input_fragments, read,
-    round_fragments, shader, unique, write,
+    Access, Arguments, Binding, Boxes, Fragment, MAX_BOXES, PARAMS, Source, Value, cuda_blocks, decode_value,
+    input_fragments, read, round_fragments, shader, unique, write,
 };
 use crate::error::Result;
 use crate::numerics;
@@ -49,6 +50,9 @@ const WGMMA_MULTIPLIERS: u32 = 2;
 const WGMMA_ORDERED_BYTES: usize = 32 * (128 + 16);
 /// Bytes that the blocks of a multiprocessor share, less what the device takes of each and what they may lose to alignment.
 const WGMMA_SHARED_BYTES: usize = 224 << 10;
+
+/// Rows of a tile of codes, where they fill it: 64 a warpgroup.
+pub const WGMMA_CODE_ROWS: usize = 64 * WGMMA_MULTIPLIERS as usize;
 
 /// Blocks of a multiprocessor on matrix units of warpgroups: one finishes while the other multiplies, where there is
 /// room for two.
@@ -111,10 +115,13 @@ pub enum GemmVariant {
     /// As many blocks as the device holds for some rows of a group and 128 matrix rows each, again and again, on matrix
     /// units of warpgroups: CUDA alone.
     Wgmma {
-        /// Rows of a group: 16, 32, 64 or 160.
+        /// Rows of a group: 16, 32, 64 or 160, or 128 of codes.
         rows: usize,
         /// Blocks of [`GroupedGemm::wgmma_matrix_rows`] matrix rows.
         matrix_blocks: usize,
+        /// Of tiles that codes fill, whose weights are copied by boxes: vectors of 16 bytes from one matrix of the segment
+        /// to the next.
+        matrix_vecs: Option<usize>,
     },
 }
 
@@ -125,7 +132,7 @@ impl GemmVariant {
             Self::Gemv { workgroup_size: _, lanes: _, tile_rows: _ } => None,
             Self::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows } => Some(rows),
             Self::Tiled => Some(TILE_ROWS),
-            Self::Mma { rows } | Self::Wgmma { rows, matrix_blocks: _ } => Some(rows),
+            Self::Mma { rows } | Self::Wgmma { rows, matrix_blocks: _, matrix_vecs: _ } => Some(rows),
         }
     }
 }
@@ -429,10 +436,12 @@ impl GroupedGemm {
             GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
             | GemmVariant::Tiled
             | GemmVariant::Mma { rows: _ }
-            | GemmVariant::Wgmma { rows: _, matrix_blocks: _ } => None,
+            | GemmVariant::Wgmma { rows: _, matrix_blocks: _, matrix_vecs: _ } => None,
         };
         let units = match self.variant {
-            GemmVariant::Mma { rows: _ } | GemmVariant::Wgmma { rows: _, matrix_blocks: _ } => self.matrix_units(),
+            GemmVariant::Mma { rows: _ } | GemmVariant::Wgmma { rows: _, matrix_blocks: _, matrix_vecs: _ } => {
+                self.matrix_units()
+            }
             GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ }
             | GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
             | GemmVariant::Tiled => None,
@@ -606,17 +615,20 @@ impl GroupedGemm {
                 tile_source(source, rows, &mut constants, &mut bindings, &mut fragments);
                 fragments.push(shader!("grouped_gemm/mma.cu"));
             }
-            (GemmVariant::Wgmma { rows, matrix_blocks }, source) => {
+            (GemmVariant::Wgmma { rows, matrix_blocks, matrix_vecs }, source) => {
                 // As above.
                 let MatrixUnits { weights, input_f32: _, inputs_per_vec: _, sum_cols: _ } = units.unwrap_or_default();
                 let blocks = wgmma_blocks(rows);
                 let shared_bytes = WGMMA_SHARED_BYTES / blocks;
+                // Rows in order, of a warpgroup or of each of its warps; and a row and its weight for each warpgroup.
+                let (ordered_bytes, listed_bytes) = match matrix_vecs {
+                    Some(_) => (2 * WGMMA_ORDERED_BYTES, 0),
+                    None => (WGMMA_ORDERED_BYTES, 8 * rows * WGMMA_MULTIPLIERS as usize),
+                };
                 let ordered_bytes = match self.stored {
-                    FloatType::Bf16 => WGMMA_ORDERED_BYTES * WGMMA_MULTIPLIERS as usize,
+                    FloatType::Bf16 => ordered_bytes * WGMMA_MULTIPLIERS as usize,
                     FloatType::F32 | FloatType::F16 => 0,
                 };
-                // A row and its weight, for each warpgroup.
-                let listed_bytes = 8 * rows * WGMMA_MULTIPLIERS as usize;
                 let height = self.wgmma_matrix_rows(rows);
                 let [weight_bytes, input_bytes, scales] = match weights {
                     2 => [64, 256, height],
@@ -661,10 +673,34 @@ impl GroupedGemm {
                     fragments.push(shader!("fragments/rows_unweighted.wgsl"));
                 }
                 tile_source(source, rows, &mut constants, &mut bindings, &mut fragments);
-                fragments.push(shader!("grouped_gemm/wgmma.cu"));
+                fragments.push(shader!("fragments/warpgroups.cu"));
+                fragments.push(match matrix_vecs {
+                    Some(vecs) => {
+                        constants.push(("MATRIX_VECS", Value::U32(vecs as u32)));
+                        shader!("grouped_gemm/wgmma_codes.cu")
+                    }
+                    None => shader!("grouped_gemm/wgmma.cu"),
+                });
             }
         }
         Source { constants, bindings, fragments: unique(fragments) }
+    }
+
+    /// The weights, where they are copied so.
+    pub(super) fn boxes(&self) -> ArrayVec<Boxes, MAX_BOXES> {
+        match self.variant {
+            GemmVariant::Wgmma { rows, matrix_blocks: _, matrix_vecs: Some(matrix_vecs) } => {
+                let box_rows = self.wgmma_matrix_rows(rows) as u32;
+                let row_bytes = 16 * self.vecs_per_row() as u64;
+                let (rows, matrix_bytes) = (self.matrix_rows as u64, 16 * matrix_vecs as u64);
+                ArrayVec::from([Boxes { buffer: "segment", row_bytes, rows, matrix_bytes, box_rows }])
+            }
+            GemmVariant::Gemv { workgroup_size: _, lanes: _, tile_rows: _ }
+            | GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
+            | GemmVariant::Tiled
+            | GemmVariant::Mma { rows: _ }
+            | GemmVariant::Wgmma { rows: _, matrix_blocks: _, matrix_vecs: None } => ArrayVec::new(),
+        }
     }
 
     /// What reads the rows that enter: from memory by vectors, or value by value.
@@ -762,7 +798,7 @@ impl GroupedGemm {
                 | GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
                 | GemmVariant::Tiled
                 | GemmVariant::Mma { rows: _ }
-                | GemmVariant::Wgmma { rows: _, matrix_blocks: _ },
+                | GemmVariant::Wgmma { rows: _, matrix_blocks: _, matrix_vecs: _ },
                 RowSource::Direct { groups },
             ) => slots.extend((0..arguments.tokens()? * groups).map(|row| (row % groups) as i32)),
             (
@@ -776,7 +812,7 @@ impl GroupedGemm {
                 GemmVariant::Rows { workgroup_size: _, lanes: _, tile_rows: _, rows: _ }
                 | GemmVariant::Tiled
                 | GemmVariant::Mma { rows: _ }
-                | GemmVariant::Wgmma { rows: _, matrix_blocks: _ },
+                | GemmVariant::Wgmma { rows: _, matrix_blocks: _, matrix_vecs: _ },
                 RowSource::Routed { top_k: _, num_slots: _ },
             ) => {
                 let sorted_rows = arguments.read("sorted_rows")?;

@@ -147,6 +147,24 @@ impl Operation {
         }
     }
 
+    /// From which of its buffers its kernel has boxes copied, in the order in which it takes their maps.
+    pub fn boxes(&self) -> ArrayVec<Boxes, MAX_BOXES> {
+        match self {
+            Self::GroupedGemm(kernel) => kernel.boxes(),
+            Self::Norm(_)
+            | Self::TopkRouting(_)
+            | Self::Assign(_)
+            | Self::Permute(_)
+            | Self::Activate(_)
+            | Self::Quantize(_)
+            | Self::Amax(_)
+            | Self::Diagnose(_)
+            | Self::Combine(_)
+            | Self::Synthesize(_)
+            | Self::Stream(_) => ArrayVec::new(),
+        }
+    }
+
     /// Bytes of workgroup memory, for kernels whose need grows with the spec.
     pub fn workgroup_bytes(&self) -> usize {
         match self {
@@ -317,9 +335,10 @@ impl Source {
         text
     }
 
-    /// The kernel's text, if it is in CUDA C++.
-    pub fn cuda(&self) -> Option<&'static str> {
-        self.fragments.last().filter(|fragment| fragment.is_cuda()).map(|fragment| fragment.text)
+    /// The kernel's text and what stands before it, if it is in CUDA C++.
+    pub fn cuda(&self) -> Option<String> {
+        let texts: Vec<_> = self.fragments.iter().filter(|part| part.is_cuda()).map(|part| part.text).collect();
+        (!texts.is_empty()).then(|| texts.join("\n"))
     }
 
     /// Name of the kernel: path of its last fragment without the suffix.
@@ -327,6 +346,24 @@ impl Source {
         let path = self.fragments.last().map_or("", |fragment| fragment.path);
         path.trim_end_matches(".wgsl").trim_end_matches(".cu")
     }
+}
+
+/// Most maps of a kernel.
+pub const MAX_BOXES: usize = 1;
+
+/// A buffer of rows from which the device copies boxes for a kernel in CUDA C++: columns of some rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Boxes {
+    /// Binding.
+    pub buffer: &'static str,
+    /// Bytes of a row, from one row to the next.
+    pub row_bytes: u64,
+    /// Rows of a matrix.
+    pub rows: u64,
+    /// Bytes from one matrix to the next.
+    pub matrix_bytes: u64,
+    /// Rows of a box, 128 bytes each.
+    pub box_rows: u32,
 }
 
 /// The fragment that reads one value of a row, with what it needs.

@@ -196,6 +196,13 @@ impl PackedMatrix {
         spans.iter().map(|span| span.row_end - span.row_begin).max().unwrap_or(0)
     }
 
+    /// Vectors from one matrix to the next, where a segment holds whole matrices alone.
+    pub fn whole_matrix_vecs(&self, segment: usize) -> Option<usize> {
+        let spans = self.segments.get(segment).map_or(&[][..], |segment| &segment.spans);
+        let whole = spans.iter().all(|span| span.row_begin == 0 && span.row_end == self.rows);
+        whole.then(|| self.words(0, self.rows).iter().sum::<usize>().div_ceil(VEC_WORDS))
+    }
+
     /// The span table of `segment`: [groups, `SPAN_WORDS`]; a group that is not here has no rows.
     pub fn span_table(&self, segment: usize) -> Vec<u32> {
         let mut table = vec![0u32; self.groups * SPAN_WORDS];

@@ -1,8 +1,8 @@
 //! `permute`: rows in order of slot, stable, and the list of tiles that the tiled GEMM walks.
 //!
 //! `row_slots` `[rows]` to `sorted_rows` `[rows]` and `tiles` [1 + tiles] of (slot, first position, rows, 0),
-//! where `tiles[0].x` counts the rest; the tiles of a slot are as few as they can be, and of one height but for the
-//! last. Slots outside `0..num_slots` are left out. Exact.
+//! where `tiles[0].x` counts the rest; the tiles of a slot are as few as they can be, and of one height, or full,
+//! but for the last. Slots outside `0..num_slots` are left out. Exact.
 
 use super::{Arguments, PARAMS, Source, Value, cuda_blocks, read, shader, write};
 use crate::error::Result;
@@ -16,6 +16,8 @@ pub struct Permute {
     pub top_k: usize,
     /// Most rows of a tile.
     pub tile_rows: usize,
+    /// Whether all tiles of a slot but the last are full, rather than of one height.
+    pub full_tiles: bool,
     /// Whether warps count and rank by votes: CUDA.
     pub warps: bool,
 }
@@ -32,14 +34,15 @@ impl Permute {
     }
 
     pub(super) fn source(&self) -> Source {
-        let Self { num_slots, top_k, tile_rows, warps } = self;
+        let Self { num_slots, top_k, tile_rows, full_tiles, warps } = self;
         let mut constants = vec![
             ("NUM_SLOTS", Value::U32(*num_slots as u32)),
             ("ROWS_PER_TOKEN", Value::U32(*top_k as u32)),
             ("TILE_M", Value::U32(*tile_rows as u32)),
+            ("FULL_TILES", Value::Bool(*full_tiles)),
         ];
         if *warps {
-            constants.extend(cuda_blocks(512));
+            constants.extend(cuda_blocks(1024));
         }
         Source {
             constants,
@@ -69,10 +72,12 @@ impl Permute {
                 position += 1;
             }
             let of_slot = position - first;
-            let tiles_of_slot = of_slot.div_ceil(self.tile_rows);
-            for begin in (first..position).step_by(of_slot.div_ceil(tiles_of_slot.max(1)).max(1)) {
+            let tiles_of_slot = of_slot.div_ceil(self.tile_rows).max(1);
+            let even = of_slot.div_ceil(tiles_of_slot).max(1);
+            let height = if self.full_tiles { self.tile_rows } else { even };
+            for begin in (first..position).step_by(height) {
                 count += 1;
-                let rows = of_slot.div_ceil(tiles_of_slot).min(position - begin);
+                let rows = height.min(position - begin);
                 let tile = [slot as u32, begin as u32, rows as u32, 0];
                 tiles[4 * count..4 * count + 4].copy_from_slice(&tile);
             }

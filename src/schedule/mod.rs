@@ -95,18 +95,19 @@ pub enum Cuts {
     /// By how many rows a matrix has in the mean ([`Cut::most_mean_rows`]).
     ByMeanRows,
     /// Each of [`Cut::ALL`] but the last in calls of up to so many tokens that none before it serves.
-    UpTo([usize; 4]),
+    UpTo([usize; 5]),
 }
 
 impl Cuts {
     /// One in every call. What it cannot launch is left to tiles.
     pub const fn only(cut: Cut) -> Self {
         match cut {
-            Cut::Gemv => Self::UpTo([usize::MAX, 0, 0, 0]),
-            Cut::Pairs => Self::UpTo([0, usize::MAX, 0, 0]),
-            Cut::Quads => Self::UpTo([0, 0, usize::MAX, 0]),
-            Cut::Octets => Self::UpTo([0, 0, 0, usize::MAX]),
-            Cut::Tiles => Self::UpTo([0; 4]),
+            Cut::Gemv => Self::UpTo([usize::MAX, 0, 0, 0, 0]),
+            Cut::Pairs => Self::UpTo([0, usize::MAX, 0, 0, 0]),
+            Cut::Quads => Self::UpTo([0, 0, usize::MAX, 0, 0]),
+            Cut::Octets => Self::UpTo([0, 0, 0, usize::MAX, 0]),
+            Cut::Tiles => Self::UpTo([0, 0, 0, 0, usize::MAX]),
+            Cut::FullTiles => Self::UpTo([0; 5]),
         }
     }
 }
@@ -127,11 +128,13 @@ pub enum Cut {
     Octets,
     /// Sixty-four, from a tile in workgroup memory or on matrix units of warps; 160 on those of warpgroups.
     Tiles,
+    /// As many; but on matrix units of warpgroups 128 of codes, where they fill their tiles.
+    FullTiles,
 }
 
 impl Cut {
     /// Every one, from few rows to many.
-    pub const ALL: [Self; 5] = [Self::Gemv, Self::Pairs, Self::Quads, Self::Octets, Self::Tiles];
+    pub const ALL: [Self; 6] = [Self::Gemv, Self::Pairs, Self::Quads, Self::Octets, Self::Tiles, Self::FullTiles];
 
     /// Rows of a matrix, in the mean over all matrices, up to which it is chosen: beyond, what its tiles leave out
     /// costs more than what larger ones would compute for nothing. Measured on an H100 (benches/NOTES.md).
@@ -149,7 +152,8 @@ impl Cut {
             (Self::Pairs, Units::Warpgroups { multiprocessors: _ }) => 6.0,
             (Self::Quads, Units::Warpgroups { multiprocessors: _ }) => 16.0,
             (Self::Octets, Units::Warpgroups { multiprocessors: _ }) => 40.0,
-            (Self::Tiles, _) => f64::INFINITY,
+            (Self::Tiles, Units::Warpgroups { multiprocessors: _ }) => 176.0,
+            (Self::Tiles | Self::FullTiles, _) => f64::INFINITY,
         }
     }
 
@@ -162,9 +166,9 @@ impl Cut {
             (Self::Octets, Units::None) | (Self::Pairs, Units::Warps) => 8,
             (Self::Quads, Units::Warps) | (Self::Pairs, Units::Warpgroups { multiprocessors: _ }) => 16,
             (Self::Octets, Units::Warps) | (Self::Quads, Units::Warpgroups { multiprocessors: _ }) => 32,
-            (Self::Tiles, Units::None | Units::Warps) => TILE_ROWS,
+            (Self::Tiles | Self::FullTiles, Units::None | Units::Warps) => TILE_ROWS,
             (Self::Octets, Units::Warpgroups { multiprocessors: _ }) => 64,
-            (Self::Tiles, Units::Warpgroups { multiprocessors: _ }) => 160,
+            (Self::Tiles | Self::FullTiles, Units::Warpgroups { multiprocessors: _ }) => 160,
         }
     }
 }

@@ -130,9 +130,10 @@ fn visits(gemm: &GroupedGemm, tokens: usize) -> [u64; 2] {
         (Some(rows), RowSource::Direct { groups }) => {
             [Extent::GroupTiles { groups, rows }.workgroups(tokens) as usize, rows]
         }
-        (Some(tile_rows), RowSource::Routed { top_k, num_slots }) => {
-            [Permute { num_slots, top_k, tile_rows, warps: false }.max_tiles(tokens * top_k), tile_rows]
-        }
+        (Some(tile_rows), RowSource::Routed { top_k, num_slots }) => [
+            Permute { num_slots, top_k, tile_rows, full_tiles: false, warps: false }.max_tiles(tokens * top_k),
+            tile_rows,
+        ],
     };
     [visits as u64, rows as u64]
 }

@@ -13,7 +13,7 @@ use moewe::spec::*;
 use naga::valid::{Capabilities, GlobalUse, ModuleInfo, ValidationFlags, Validator};
 
 use crate::random::{random_spec, specs};
-use crate::rig::{CUTS, TILED, for_matrix_units, with_units};
+use crate::rig::{CUTS, TILED, UNIT_CUTS, for_matrix_units, with_units};
 
 /// Every distinct kernel of many random schedules, by its text.
 pub fn kernels() -> BTreeMap<String, Source> {
@@ -54,7 +54,7 @@ pub fn sources_for(matrix_units: Units, specs: impl IntoIterator<Item = MoeSpec>
     let facts = with_units(matrix_units);
     let mut sources = vec![];
     for spec in specs {
-        for options in CUTS {
+        for options in UNIT_CUTS {
             let schedule = lower(&spec, Scope::Layer, 64, &facts, &options).unwrap();
             let steps = schedule.buckets.iter().flat_map(|bucket| &bucket.steps);
             sources.extend(steps.map(|step| step.operation.source()));

@@ -12,8 +12,8 @@ use moewe::{Options, Plan};
 
 use crate::random::{CPU_SAMPLES, GPU_SAMPLES, Sample, samples, specs};
 use crate::rig::{
-    AUTO, CUTS, GEMV, LayerInputs, PAIRS, RandomLayer, TILED, deepseek_like, for_matrix_units, fresh_gpu, gpu,
-    segmented, with_units,
+    AUTO, CUTS, FULL_TILES, GEMV, LayerInputs, PAIRS, RandomLayer, TILED, UNIT_CUTS, deepseek_like, for_matrix_units,
+    fresh_gpu, gpu, segmented, with_units,
 };
 
 /// Largest |a - b| relative to the row's largest value: a row is a sum of products of one size, so its rounding
@@ -347,7 +347,7 @@ fn schedules_for_matrix_units_compute_the_layer() {
             let layer = RandomLayer::new(spec, 21);
             let (hidden_states, _) = layer.inputs(90, 22);
             let want = layer.reference(&hidden_states, None);
-            for options in CUTS {
+            for options in UNIT_CUTS {
                 let facts = with_units(matrix_units);
                 let cpu = layer.on_cpu(90, &options, Some(facts));
                 let kernels: Vec<_> =
@@ -356,6 +356,11 @@ fn schedules_for_matrix_units_compute_the_layer() {
                 let kernel = match layer.spec.experts.format {
                     WeightFormat::Bf16 | WeightFormat::Mxfp4 if options.cuts == PAIRS.cuts => "grouped_gemm/mma",
                     WeightFormat::Fp8Channel => "grouped_gemm/mma",
+                    WeightFormat::Fp8Block { .. }
+                        if options.cuts == FULL_TILES.cuts && matrix_units != Units::Warps =>
+                    {
+                        "grouped_gemm/wgmma_codes"
+                    }
                     _ => kernel,
                 };
                 assert_eq!(kernels.contains(&kernel), options.cuts != GEMV.cuts, "{kernels:?}");
@@ -392,6 +397,24 @@ fn warpgroups_leave_segments_that_begin_between_their_rows_to_warps() {
         compare(&layer, &want, &cpu.run(&Inputs::of(&hidden_states)).unwrap(), "odd segments");
     }
     assert!(found > 1, "{found} layers");
+}
+
+/// Boxes are of whole matrices.
+#[test]
+fn warpgroups_copy_no_boxes_of_matrices_that_are_split() {
+    let facts = with_units(Units::Warpgroups { multiprocessors: 132 });
+    for spec in for_matrix_units() {
+        let layer = RandomLayer::new(spec, 25);
+        let (hidden_states, _) = layer.inputs(50, 26);
+        let want = layer.reference(&hidden_states, None);
+        // Some 70 rows or more a segment, of which 64 are taken.
+        let options = Options { segment_bytes: Some(70 * 576), ..FULL_TILES };
+        let cpu = layer.on_cpu(50, &options, Some(facts));
+        let steps = cpu.bound().steps(50).iter().filter(|step| step.name.starts_with("experts."));
+        let kernels: Vec<_> = steps.map(|step| step.operation.source().kernel()).collect();
+        assert!(!kernels.contains(&"grouped_gemm/wgmma_codes"), "{kernels:?}");
+        compare(&layer, &want, &cpu.run(&Inputs::of(&hidden_states)).unwrap(), "split matrices");
+    }
 }
 
 #[test]

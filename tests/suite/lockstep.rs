@@ -7,7 +7,10 @@ use moewe::spec::*;
 use moewe::{Cpu, Options};
 
 use crate::random::{FORMATS, Sample, samples, sums_codes};
-use crate::rig::{CUTS, GEMV, OCTETS, PAIRS, QUADS, RandomLayer, TILED, deepseek_like, fits, for_matrix_units, gpu};
+use crate::rig::{
+    CUTS, FULL_TILES, GEMV, OCTETS, PAIRS, QUADS, RandomLayer, TILED, UNIT_CUTS, deepseek_like, fits, for_matrix_units,
+    gpu,
+};
 
 fn walk(spec: MoeSpec, tokens: usize, options: &Options) {
     let layer = RandomLayer::new(spec, 11);
@@ -40,11 +43,13 @@ fn every_step_equals_its_twin() {
 #[test]
 fn what_matrix_units_compute_equals_its_twins() {
     for spec in for_matrix_units() {
-        for options in CUTS {
+        for options in UNIT_CUTS {
             for tokens in [3, 150] {
                 walk(spec.clone(), tokens, &options);
             }
         }
+        // More rows than one tile of any height has.
+        walk(spec, 400, &FULL_TILES);
     }
 }
 

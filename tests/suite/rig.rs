@@ -211,8 +211,12 @@ pub const QUADS: Options = only(Cut::Quads);
 pub const OCTETS: Options = only(Cut::Octets);
 /// The tiled kernels for any number of tokens.
 pub const TILED: Options = only(Cut::Tiles);
-/// Each way to cut a GEMM.
+/// Those of codes that fill their tiles, on matrix units of warpgroups; else the same.
+pub const FULL_TILES: Options = only(Cut::FullTiles);
+/// Each way to cut a GEMM in WGSL.
 pub const CUTS: [Options; 5] = [GEMV, PAIRS, QUADS, OCTETS, TILED];
+/// And on matrix units.
+pub const UNIT_CUTS: [Options; 6] = [GEMV, PAIRS, QUADS, OCTETS, TILED, FULL_TILES];
 
 const fn only(cut: Cut) -> Options {
     Options { cuts: Cuts::only(cut), ..Options::AUTO }

@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
 
 use crate::error::{Error, Result};
-use crate::kernels::MAX_BINDINGS;
+use crate::kernels::{Boxes, MAX_BINDINGS, MAX_BOXES};
 
 /// A device with its primary context.
 #[derive(Debug)]
@@ -34,6 +34,9 @@ pub(super) struct Stream {
     context: Arc<CudaContext>,
     handle: CUstream,
 }
+
+/// How the device finds boxes of a buffer; its bytes are an argument of a kernel.
+pub(super) type BoxMap = sys::CUtensorMap;
 
 /// A kernel of a loaded module.
 pub(super) type Function = CudaFunction;
@@ -227,6 +230,36 @@ impl Device {
         Ok(function)
     }
 
+    /// A map of boxes [matrix, row, byte] of a buffer; what lies outside it is copied as zeros.
+    #[allow(unsafe_code, reason = "a map of the driver's")]
+    pub(super) fn box_map(&self, address: CUdeviceptr, bytes: u64, boxes: &Boxes) -> Result<BoxMap> {
+        let &Boxes { buffer, row_bytes, rows, matrix_bytes, box_rows } = boxes;
+        let dimensions = [row_bytes, rows, bytes / matrix_bytes.max(1)];
+        let strides = [row_bytes, matrix_bytes];
+        let (copied, steps) = ([128, box_rows, 1], [1; 3]);
+        let mut map = BoxMap { opaque: [0; 16] };
+        // SAFETY: every pointer is to an array of this frame as long as the rank says; the address is not followed.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                3,
+                address as *mut c_void,
+                dimensions.as_ptr(),
+                strides.as_ptr(),
+                copied.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(|error| failed(|| format!("mapping boxes of {buffer}, {boxes:?} of {bytes} bytes"), error))?;
+        Ok(map)
+    }
+
     /// Launches a kernel. Its context is current.
     #[allow(unsafe_code, reason = "a launch of the driver's")]
     pub(super) fn launch(
@@ -235,9 +268,11 @@ impl Device {
         function: &Function,
         blocks: Blocks,
         arguments: &mut [u64],
+        maps: &[BoxMap],
     ) -> Result<()> {
-        let mut pointers: ArrayVec<*mut c_void, { 2 * MAX_BINDINGS }> =
+        let mut pointers: ArrayVec<*mut c_void, { 2 * MAX_BINDINGS + MAX_BOXES }> =
             arguments.iter_mut().map(|argument| std::ptr::from_mut(argument).cast()).collect();
+        pointers.extend(maps.iter().map(|map| std::ptr::from_ref(map).cast_mut().cast()));
         let mut attributes: ArrayVec<sys::CUlaunchAttribute, 1> = ArrayVec::new();
         if self.capability.0 >= 9 {
             attributes.push(sys::CUlaunchAttribute {
@@ -259,7 +294,8 @@ impl Device {
             attrs: attributes.as_mut_ptr(),
             numAttrs: attributes.len() as u32,
         };
-        // SAFETY: the kernel has an argument of 8 bytes for each binding and each size, in this order, and `bind` checked
+        // SAFETY: the kernel has an argument of 8 bytes for each binding and each size, in this order, then one for each map,
+        // of which boxes are copied from inside the buffer alone; and `bind` checked
         // that each binding has the bytes that the schedule says; kernels stay inside those (see `Wgpu::module`). They
         // wait for the kernel before them before they touch memory. The buffers live as long as the binding, which the
         // caller keeps until it has run; configuration and arguments are read before the call returns.

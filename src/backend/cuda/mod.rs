@@ -16,12 +16,12 @@ use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::kernels::{MAX_BINDINGS, Operation};
+use crate::kernels::{Boxes, MAX_BINDINGS, MAX_BOXES, Operation};
 use crate::plan::{Backend, BufferSlice, Launch};
 use crate::schedule::{DeviceFacts, Units};
 
 pub use compile::Compiler;
-use device::{Blocks, Device, Function, Memory, Stream};
+use device::{Blocks, BoxMap, Device, Function, Memory, Stream};
 use translate::{Translated, translate, translate_around};
 
 /// A CUDA device. Clones share it and its compiled kernels.
@@ -30,7 +30,7 @@ pub struct Cuda {
     device: Arc<Device>,
     compiler: Compiler,
     stream: Arc<Stream>,
-    /// Kernels by their whole text.
+    /// Kernels by all that they are made of.
     kernels: Arc<Mutex<HashMap<String, CudaKernel>>>,
     max_binding_bytes: u64,
 }
@@ -72,6 +72,8 @@ pub struct CudaKernel {
     may_be_early: bool,
     /// Which bindings it writes.
     written: ArrayVec<bool, MAX_BINDINGS>,
+    /// From which bindings, by number, it has boxes copied.
+    boxes: ArrayVec<(usize, Boxes), MAX_BOXES>,
 }
 
 /// A kernel's arguments but for the place in its uniform buffer.
@@ -79,6 +81,8 @@ pub struct CudaKernel {
 pub struct CudaBinding {
     /// Addresses by binding, then sizes.
     arguments: ArrayVec<u64, { 2 * MAX_BINDINGS }>,
+    /// Its last arguments.
+    maps: ArrayVec<BoxMap, MAX_BOXES>,
     /// First byte, byte behind the last, and whether it is written.
     ranges: ArrayVec<(u64, u64, bool), MAX_BINDINGS>,
     /// What has to live as long.
@@ -175,14 +179,9 @@ impl Cuda {
         self.cached(label, wgsl, || translate(wgsl))
     }
 
-    /// The kernel that a text stands for, compiled once.
-    fn cached(
-        &self,
-        label: &str,
-        wgsl: &str,
-        translate: impl Fn() -> Result<Translated, String>,
-    ) -> Result<CudaKernel> {
-        let known = self.kernels.lock().unwrap_or_else(PoisonError::into_inner).get(wgsl).cloned();
+    /// The kernel that a key stands for, compiled once.
+    fn cached(&self, label: &str, key: &str, translate: impl Fn() -> Result<Translated, String>) -> Result<CudaKernel> {
+        let known = self.kernels.lock().unwrap_or_else(PoisonError::into_inner).get(key).cloned();
         if let Some(kernel) = known {
             return Ok(kernel);
         }
@@ -198,9 +197,10 @@ impl Cuda {
             sized: sized.into(),
             may_be_early,
             written: written.iter().copied().collect(),
+            boxes: ArrayVec::new(),
         };
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(kernels.entry(wgsl.into()).or_insert(kernel).clone())
+        Ok(kernels.entry(key.into()).or_insert(kernel).clone())
     }
 
     /// An encoder on this backend's own stream.
@@ -332,7 +332,16 @@ impl Backend for Cuda {
         let (label, wgsl) = (format!("{} for {name}", source.kernel()), source.wgsl());
         match source.cuda() {
             None => self.kernel(&label, &wgsl),
-            Some(text) => self.cached(&label, &wgsl, || translate_around(&wgsl, text)),
+            Some(text) => {
+                // Of WGSL the text says all; here the kernel stands apart.
+                let key = format!("{wgsl}// {}\n", source.kernel());
+                let kernel = self.cached(&label, &key, || translate_around(&wgsl, &text))?;
+                let number = |boxes: Boxes| {
+                    let found = source.bindings.iter().position(|binding| binding.name == boxes.buffer);
+                    found.map(|number| (number, boxes))
+                };
+                Ok(CudaKernel { boxes: operation.boxes().into_iter().filter_map(number).collect(), ..kernel })
+            }
         }
     }
 
@@ -360,8 +369,13 @@ impl Backend for Cuda {
             let first = slice.buffer.address + slice.offset;
             (first, first + slice.bytes, written)
         });
+        let map = |(number, boxes): &(usize, Boxes)| {
+            let slice = slices.get(*number)?;
+            Some(self.device.box_map(slice.buffer.address + slice.offset, slice.bytes, boxes))
+        };
         Ok(CudaBinding {
             arguments: addresses.chain(sizes).collect(),
+            maps: kernel.boxes.iter().filter_map(map).collect::<Result<_>>()?,
             ranges: ranges.collect(),
             _buffers: slices.iter().map(|slice| slice.buffer.clone()).collect(),
         })
@@ -389,7 +403,7 @@ impl Backend for Cuda {
                 arguments.push(u64::from(early));
             }
             let blocks = Blocks { count: workgroups, threads: kernel.threads, shared_bytes: kernel.shared_bytes };
-            self.device.launch(encoder.stream, &kernel.function, blocks, &mut arguments)?;
+            self.device.launch(encoder.stream, &kernel.function, blocks, &mut arguments, &binding.maps)?;
         }
         Ok(())
     }

@@ -222,7 +222,9 @@ impl Writer<'_> {
         let _ = write!(
             self.text,
             "#if __CUDA_ARCH__ >= 900\n#define WAIT {}; {LAUNCH_DEPENDENTS}\n#else\n#define WAIT\n#endif\n\
-             #define KERNEL extern \"C\" __global__ void __launch_bounds__(THREADS, BLOCKS) {ENTRY}({arguments})\n{kernel}",
+             #define KERNEL extern \"C\" __global__ void __launch_bounds__(THREADS, BLOCKS) {ENTRY}({arguments})\n\
+             #define KERNEL_WITH(...) extern \"C\" __global__ void __launch_bounds__(THREADS, BLOCKS) \
+             {ENTRY}({arguments}, __VA_ARGS__)\n{kernel}",
             self.wait()
         );
         let (threads, shared_bytes) = (self.number("THREADS")?, self.number("SHARED_BYTES")?);

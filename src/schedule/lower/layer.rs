@@ -67,7 +67,7 @@ impl Lowering<'_> {
             Ok::<_, Error>((cut, step))
         };
         let steps = cuts.map(step).collect::<Result<_>>()?;
-        self.drafts.push(Draft::Permute(steps));
+        self.drafts.push(Draft::ByCut(steps));
 
         // What the routed experts read.
         let norm_of = |rows_per_token, eps, scale| Norm {
@@ -248,6 +248,7 @@ impl Lowering<'_> {
             rounding: combine,
             model,
             output: FloatType::F32,
+            vectors: false,
         };
         let mut routed_buffers = routed.buffers.clone();
         routed_buffers.push(("rows", x.buffer));
@@ -323,21 +324,25 @@ impl Lowering<'_> {
 
     /// The rows of the routed experts in calls of this cut.
     pub(super) fn permute(&self, cut: Cut) -> Permute {
+        let tile_rows = self.tile_rows(cut, self.units_of(cut), self.fills_tiles());
         Permute {
             num_slots: self.spec.num_slots(),
             top_k: self.spec.rows_per_token(),
-            tile_rows: cut.tile_rows(self.units_of(cut)),
+            tile_rows,
+            full_tiles: tile_rows == WGMMA_CODE_ROWS,
             warps: self.facts.matrix_units != Units::None,
         }
     }
 
     fn combine(&mut self, name: &'static str, combine: Combine, buffers: &[(&'static str, usize)]) -> Result<()> {
-        // 64 invocations a workgroup, one word each; beyond the limit the kernel strides.
-        let extent = Extent::PerToken { items: combine.hidden_size, per: 64, limit: 8192 };
-        let grid = Grid { x: extent, y: Extent::Fixed(1) };
-        let step = |combine| self.step(name, Part::Experts, Operation::Combine(combine), grid, buffers);
+        let step = |combine: Combine| {
+            // Beyond the limit the kernel strides.
+            let x = Extent::PerToken { items: combine.hidden_size, per: combine.workgroup_columns(), limit: 8192 };
+            let grid = Grid { x, y: Extent::Fixed(1) };
+            self.step(name, Part::Experts, Operation::Combine(combine), grid, buffers)
+        };
         let draft = match combine.of_weighted_rows().filter(|_| self.weighted_rows) {
-            Some(narrow) => Draft::BesideUnits([step(combine)?, step(narrow)?].into()),
+            Some(narrow) => by_cut(|cut| step(if cut == Cut::Gemv { combine.clone() } else { narrow.clone() }))?,
             None => Draft::Step(step(combine)?),
         };
         self.drafts.push(draft);
@@ -460,13 +465,16 @@ impl Lowering<'_> {
             ActivationRounding::F32 => false,
             ActivationRounding::Fused | ActivationRounding::Torch => self.spec.precision.model == FloatType::Bf16,
         };
-        let read_by_others = activation_quant.is_on() || adapters.is_some() || self.counters.is_some();
-        if rounded
+        let read_by_others = adapters.is_some() || self.counters.is_some();
+        // What is rounded to bf16 is stored as that where the first GEMM is on matrix units and who reads it can.
+        let narrow = rounded
             && !read_by_others
+            && !fused
             && self.fits_units(&gemm, gemm.input.values)
-            && self.fits_units(&second, RowValues::Floats(FloatType::Bf16))
-        {
-            (gemm.narrow, second.narrow) = (Narrow::Out, Narrow::Rows);
+            && (activation_quant.is_on() || self.fits_units(&second, RowValues::Floats(FloatType::Bf16)));
+        if narrow {
+            gemm.narrow = Narrow::Out;
+            second.narrow = if activation_quant.is_on() { Narrow::Neither } else { Narrow::Rows };
         }
         self.drafts.push(Draft::Gemm(gemm.clone()));
         if self.counters.is_some() && clamps(activation) {
@@ -507,12 +515,14 @@ impl Lowering<'_> {
         second.input = match activation_quant.is_on() {
             false => Rows::floats(hidden, FloatType::F32),
             true => {
-                let source = match fused {
-                    true => ValueSource::Activated(activated),
-                    false => ValueSource::Rows { input: FloatType::F32, divisor: 1, weigh: None },
+                let rows = |input| ValueSource::Rows { input, divisor: 1, weigh: None };
+                let sources = match (fused, narrow) {
+                    (true, _) => [ValueSource::Activated(activated); 2],
+                    (false, true) => [rows(FloatType::F32), rows(FloatType::Bf16)],
+                    (false, false) => [rows(FloatType::F32); 2],
                 };
                 let names = [scratch.names[1], tables[1].0];
-                self.quantize(&quantizer, names, (source, hidden), intermediate_size, tables[1].1, others)?
+                self.quantize(&quantizer, names, (sources, hidden), intermediate_size, tables[1].1, others)?
             }
         };
         if let (true, RowValues::Codes { code, group: _, scales: _ }) = (self.counters.is_some(), second.input.values) {
@@ -621,7 +631,7 @@ impl Lowering<'_> {
         let by_slot = weigh.is_some() || fixed || self.spec.entry.is_batched();
         if by_slot {
             let source = ValueSource::Rows { input: float_type, divisor, weigh };
-            let input = self.quantize(quantizer, names, (source, input.buffer), width, table, others)?;
+            let input = self.quantize(quantizer, names, ([source; 2], input.buffer), width, table, others)?;
             return Ok(FirstGemm { input, divisor: 1, weigh: None });
         }
         let known =
@@ -631,7 +641,7 @@ impl Lowering<'_> {
         }
         let source = ValueSource::Rows { input: float_type, divisor: 1, weigh: None };
         let by_token = Quantizer { quant: quantizer.quant, matrices: Matrices::Groups, rows_per_token: 1 };
-        let rows = self.quantize(&by_token, names, (source, input.buffer), width, table, others)?;
+        let rows = self.quantize(&by_token, names, ([source; 2], input.buffer), width, table, others)?;
         self.quantized.push((quantizer.quant, input.buffer, rows));
         Ok(FirstGemm { input: rows, divisor, weigh: None })
     }
@@ -641,12 +651,13 @@ impl Lowering<'_> {
         &mut self,
         quantizer: &Quantizer,
         [name, table_name]: [&'static str; 2],
-        (source, from): (ValueSource, usize),
+        ([beside_gemv, beside_units], from): ([ValueSource; 2], usize),
         cols: usize,
         table: Table,
         others: &[(&'static str, usize)],
     ) -> Result<Rows> {
         let Quantizer { quant, matrices, rows_per_token } = *quantizer;
+        let source_of = |cut| if cut == Cut::Gemv { beside_gemv } else { beside_units };
         let model = self.spec.precision.model;
         let rows = self.schedule.chunk_tokens * rows_per_token;
         let codes = self.scratch(&format!("{name}.codes"), rows_per_token * cols.div_ceil(4));
@@ -671,11 +682,13 @@ impl Lowering<'_> {
                 }
                 let partial = self.buffer(format!("{name}.amax"), Contents::Scratch, 4 * AMAX_PARTS);
                 buffers.push(("partial_amax", partial));
-                let amax = Operation::Amax(Amax { source, rows_per_token, cols, matrices, model });
                 let grid = Grid { x: Extent::Fixed(AMAX_PARTS), y: Extent::Fixed(1) };
                 buffers.push(("rows", from));
-                let step = self.step(format!("{name}.amax"), Part::Experts, amax, grid, &buffers)?;
-                self.drafts.push(Draft::Step(step));
+                let step = |cut| {
+                    let amax = Amax { source: source_of(cut), rows_per_token, cols, matrices, model };
+                    self.step(format!("{name}.amax"), Part::Experts, Operation::Amax(amax), grid, &buffers)
+                };
+                self.drafts.push(by_cut(step)?);
                 (code, None, RowScale::Tensor { rule, scale })
             }
             ActivationQuant::Dynamic { code, span: ScaleSpan::Token, rule, scale } => {
@@ -698,16 +711,25 @@ impl Lowering<'_> {
         let words = layout.words(rows.next_multiple_of(4), groups);
         let scales = self.buffer(format!("{name}.scales"), Contents::Scratch, 4 * words);
         buffers.extend([("rows", from), ("codes", codes), ("scales", scales)]);
-        let quantize = Quantize { source, rows_per_token, cols, code, scale, model, warps: false };
+        let quantize = Quantize { source: beside_gemv, rows_per_token, cols, code, scale, model, warps: false };
         let (quantize, grid) = quantize_by(quantize, self.facts);
-        let step = |operation: Quantize| {
-            self.step(format!("{name}.quantize"), Part::Experts, Operation::Quantize(operation), grid, &buffers)
+        let step = |cut| {
+            let scale = match cut {
+                Cut::Gemv | Cut::Pairs | Cut::Quads | Cut::Octets => scale,
+                Cut::Tiles | Cut::FullTiles => by_column(scale, rows),
+            };
+            let operation = Operation::Quantize(Quantize { source: source_of(cut), scale, ..quantize.clone() });
+            self.step(format!("{name}.quantize"), Part::Experts, operation, grid, &buffers)
         };
-        let gemv = step(quantize.clone())?;
-        let tiled = step(Quantize { scale: by_column(scale, rows), ..quantize })?;
-        self.drafts.push(Draft::ByBucket([gemv, tiled].into()));
+        self.drafts.push(by_cut(step)?);
         Ok(Rows { buffer: codes, values: RowValues::Codes { code, group, scales: layout }, scales: Some(scales) })
     }
+}
+
+/// A step that differs from cut to cut.
+fn by_cut(step: impl Fn(Cut) -> Result<Step>) -> Result<Draft> {
+    let steps = Cut::ALL.into_iter().map(|cut| Ok((cut, step(cut)?)));
+    Ok(Draft::ByCut(steps.collect::<Result<_>>()?))
 }
 
 /// Scales as the tiled kernel reads them: those of a tile's rows beside each other.

@@ -15,7 +15,7 @@ use super::{
 use crate::error::{Error, Result, Unsupported};
 use crate::kernels::combine::{Routed, SharedFactor, SharedRows};
 use crate::kernels::diagnose::clamps;
-use crate::kernels::grouped_gemm::{TILE_COLS, TILE_ROWS, mma_matrix_rows, wgmma_blocks};
+use crate::kernels::grouped_gemm::{TILE_COLS, TILE_ROWS, WGMMA_CODE_ROWS, mma_matrix_rows, wgmma_blocks};
 use crate::kernels::pack::{PackedMatrix, SPAN_WORDS};
 use crate::kernels::quantize::AMAX_PARTS;
 use crate::kernels::{
@@ -75,10 +75,11 @@ pub fn lower(
     };
     supported(spec, scope, facts.backend)?;
     let lowered = |chunk_tokens| {
-        let mut lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, facts.matrix_units);
+        let most = (facts.matrix_units, true);
+        let mut lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, most);
         lowering.draft()?;
-        let fitting = lowering.fitting_units();
-        if lowering.units != fitting {
+        let fitting = (lowering.fitting_units(), lowering.routed().all(|gemm| lowering.is_whole(gemm)));
+        if most != fitting {
             // Tiles of the other kernels' own sizes.
             lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, fitting);
             lowering.draft()?;
@@ -210,6 +211,8 @@ struct Lowering<'a> {
     options: &'a Options,
     /// Whose tiles those of the routed experts are.
     units: Units,
+    /// Whether all matrices of the routed experts are whole in their segments, so that boxes of them can be copied.
+    whole: bool,
     schedule: Schedule,
     params: usize,
     drafts: Vec<Draft>,
@@ -238,12 +241,8 @@ enum Draft {
     Gemm(Gemm),
     /// The same in every bucket.
     Step(Step),
-    /// Only where GEMMs walk tiles; one for each cut with tiles.
-    Permute(Vec<(Cut, Step)>),
-    /// One beside matrix-vector GEMMs and one beside tiled ones.
-    ByBucket(Box<[Step; 2]>),
-    /// One beside matrix-vector GEMMs and one beside those on matrix units.
-    BesideUnits(Box<[Step; 2]>),
+    /// One for each cut that needs it.
+    ByCut(Vec<(Cut, Step)>),
 }
 
 /// One GEMM before it is cut into segments and variants.
@@ -319,7 +318,7 @@ impl<'a> Lowering<'a> {
         chunk_tokens: usize,
         facts: &'a DeviceFacts,
         options: &'a Options,
-        units: Units,
+        (units, whole): (Units, bool),
     ) -> Self {
         let schedule = Schedule {
             scope,
@@ -339,6 +338,7 @@ impl<'a> Lowering<'a> {
             facts,
             options,
             units,
+            whole,
             schedule,
             params: 0,
             drafts: vec![],
@@ -523,22 +523,48 @@ impl<'a> Lowering<'a> {
         }
     }
 
+    /// Whether the routed experts have another kernel where codes fill their tiles.
+    fn fills_tiles(&self) -> bool {
+        let codes = self.spec.experts.activation_quant.is_on();
+        codes && self.whole && matches!(self.units, Units::Warpgroups { multiprocessors: _ })
+    }
+
+    /// Most rows of a tile of codes, or of other rows, whose matrices are whole.
+    pub(super) fn tile_rows(&self, cut: Cut, units: Units, codes: bool) -> usize {
+        match (cut, units) {
+            (Cut::FullTiles, Units::Warpgroups { multiprocessors: _ }) if codes => WGMMA_CODE_ROWS,
+            (Cut::Gemv | Cut::Pairs | Cut::Quads | Cut::Octets | Cut::Tiles | Cut::FullTiles, _) => {
+                cut.tile_rows(units)
+            }
+        }
+    }
+
     /// Whether a GEMM of these rows can be on matrix units of some kind.
     fn fits_units(&self, gemm: &Gemm, input: RowValues) -> bool {
         self.facts.matrix_units != Units::None && self.kernel(gemm, input).matrix_units().is_some()
     }
 
-    /// The device's units, if all of the routed experts' GEMMs, but for adapters', fit those of warpgroups; or those of
-    /// warps, if any fits them: the other kernels walk their tiles as well.
-    fn fitting_units(&self) -> Units {
-        let routed = self.drafts.iter().filter_map(|draft| match draft {
+    /// The routed experts' GEMMs, but for adapters'.
+    fn routed(&self) -> impl Iterator<Item = &Gemm> {
+        self.drafts.iter().filter_map(|draft| match draft {
             Draft::Gemm(gemm) => match gemm.rows {
                 RowSource::Direct { groups: _ } => None,
                 RowSource::Routed { top_k: _, num_slots: _ } => Some(gemm).filter(|gemm| !gemm.adapter),
             },
-            Draft::Step(_) | Draft::Permute(_) | Draft::ByBucket(_) | Draft::BesideUnits(_) => None,
-        });
-        let kernels: Vec<_> = routed.map(|gemm| (gemm, self.kernel(gemm, gemm.narrowed()))).collect();
+            Draft::Step(_) | Draft::ByCut(_) => None,
+        })
+    }
+
+    /// Whether each segment holds whole matrices alone.
+    fn is_whole(&self, gemm: &Gemm) -> bool {
+        let matrix = &self.schedule.matrices[gemm.placed.matrix];
+        (0..matrix.segments.len()).all(|segment| matrix.whole_matrix_vecs(segment).is_some())
+    }
+
+    /// The device's units, if all of the routed experts' GEMMs, but for adapters', fit those of warpgroups; or those of
+    /// warps, if any fits them: the other kernels walk their tiles as well.
+    fn fitting_units(&self) -> Units {
+        let kernels: Vec<_> = self.routed().map(|gemm| (gemm, self.kernel(gemm, gemm.narrowed()))).collect();
         let any = kernels.iter().any(|(_, kernel)| kernel.matrix_units().is_some());
         match self.facts.matrix_units {
             Units::None => Units::None,
@@ -611,11 +637,11 @@ impl<'a> Lowering<'a> {
                 (Cut::Pairs, Units::None) => "two rows at a time",
                 (Cut::Quads, Units::None) => "four rows at a time",
                 (Cut::Octets, Units::None) => "eight rows at a time",
-                (Cut::Tiles, Units::None) => "tiles of 64 rows",
+                (Cut::Tiles | Cut::FullTiles, Units::None) => "tiles of 64 rows",
                 (Cut::Pairs, Units::Warps) => "eight rows at a time on matrix units",
                 (Cut::Quads, Units::Warps) => "sixteen rows at a time on matrix units",
                 (Cut::Octets, Units::Warps) => "32 rows at a time on matrix units",
-                (Cut::Tiles, Units::Warps) => "64 rows at a time on matrix units",
+                (Cut::Tiles | Cut::FullTiles, Units::Warps) => "64 rows at a time on matrix units",
                 (Cut::Pairs, Units::Warpgroups { multiprocessors: _ }) => {
                     "sixteen rows at a time on matrix units of warpgroups"
                 }
@@ -625,7 +651,10 @@ impl<'a> Lowering<'a> {
                 (Cut::Octets, Units::Warpgroups { multiprocessors: _ }) => {
                     "64 rows at a time on matrix units of warpgroups"
                 }
-                (Cut::Tiles, Units::Warpgroups { multiprocessors: _ }) => {
+                (Cut::FullTiles, Units::Warpgroups { multiprocessors: _ }) if self.fills_tiles() => {
+                    "128 rows at a time on matrix units of warpgroups"
+                }
+                (Cut::Tiles | Cut::FullTiles, Units::Warpgroups { multiprocessors: _ }) => {
                     "up to 160 rows at a time on matrix units of warpgroups"
                 }
             };
@@ -647,7 +676,8 @@ impl<'a> Lowering<'a> {
                 (Cuts::ByMeanRows, Cut::Octets, Units::Warpgroups { multiprocessors: _ }) => {
                     "up to 40 rows of a matrix in the mean"
                 }
-                (Cuts::ByMeanRows, Cut::Tiles, _) => "in large calls the rows of a matrix fill them",
+                (Cuts::ByMeanRows, Cut::Tiles, _) if self.fills_tiles() => "up to 176 rows of a matrix in the mean",
+                (Cuts::ByMeanRows, Cut::Tiles | Cut::FullTiles, _) => "in large calls the rows of a matrix fill them",
             };
             self.decide("grouped_gemm", choice, because);
             let mut steps = vec![];
@@ -657,16 +687,8 @@ impl<'a> Lowering<'a> {
                         self.gemm(&mut steps, gemm, if gemm.adapter { Cut::Gemv } else { cut })?
                     }
                     (Draft::Step(step), _) => steps.push(step.clone()),
-                    (Draft::Permute(by_cut), cut) => {
+                    (Draft::ByCut(by_cut), cut) => {
                         steps.extend(by_cut.iter().filter(|(of, _)| *of == cut).map(|(_, step)| step.clone()));
-                    }
-                    (Draft::ByBucket(both), cut) => {
-                        let [beside_rows, beside_tiled] = both.as_ref();
-                        steps.push(if cut == Cut::Tiles { beside_tiled } else { beside_rows }.clone());
-                    }
-                    (Draft::BesideUnits(both), cut) => {
-                        let [beside_gemv, beside_units] = both.as_ref();
-                        steps.push(if cut == Cut::Gemv { beside_gemv } else { beside_units }.clone());
                     }
                 }
             }
@@ -688,10 +710,11 @@ impl<'a> Lowering<'a> {
                 workgroups.saturating_sub(self.spec.num_slots()) * cut.tile_rows(self.units_of(cut)) / rows_per_token
             }
             // Chunks are cut for these.
-            Cut::Tiles => usize::MAX,
+            Cut::Tiles | Cut::FullTiles => usize::MAX,
         };
         let wanted = match self.options.cuts {
             Cuts::ByMeanRows if self.units != Units::None && cut == Cut::Gemv => UNITS_GEMV_TOKENS,
+            Cuts::ByMeanRows if cut == Cut::Tiles && !self.fills_tiles() => usize::MAX,
             Cuts::ByMeanRows => {
                 (cut.most_mean_rows(self.units) * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64)
                     as usize
@@ -758,7 +781,10 @@ impl<'a> Lowering<'a> {
         let matrix = &self.schedule.matrices[placed.matrix];
         let limit = self.facts.max_workgroups as usize;
         let values = match (input.values, cut) {
-            (RowValues::Codes { code, group: Some(group), scales: ScaleLayout::RowMajor }, Cut::Tiles) => {
+            (
+                RowValues::Codes { code, group: Some(group), scales: ScaleLayout::RowMajor },
+                Cut::Tiles | Cut::FullTiles,
+            ) => {
                 let rows_per_token = self.rows_per_token(rows) / input_divisor;
                 let scales = column_major(self.schedule.chunk_tokens * rows_per_token);
                 RowValues::Codes { code, group: Some(group), scales }
@@ -791,15 +817,23 @@ impl<'a> Lowering<'a> {
             }
             (RowSource::Direct { groups: _ }, units) => units,
         };
-        for (segment, &(codes, spans)) in placed.buffers.iter().enumerate() {
+        let codes = match (rows, kernel.input) {
+            (RowSource::Routed { top_k: _, num_slots: _ }, _) => self.fills_tiles(),
+            (RowSource::Direct { groups: _ }, RowValues::Codes { code: _, group: _, scales: _ }) => self.is_whole(gemm),
+            (RowSource::Direct { groups: _ }, RowValues::Floats(_)) => false,
+        };
+        for (segment, &(packed, spans)) in placed.buffers.iter().enumerate() {
             let span_rows = matrix.max_span_rows(segment);
             let by_row = |lanes: u32| GEMV_WORKGROUP / lanes * GEMV_ROWS_PER_LANE;
-            let rows_of_tile = cut.tile_rows(tiles);
+            let rows_of_tile = self.tile_rows(cut, tiles, codes);
             let (variant, tile_cols) = match (cut, rows_of_tile) {
                 (_, rows) if units => match tiles {
                     Units::Warpgroups { multiprocessors: _ } => {
                         let height = kernel.wgmma_matrix_rows(rows);
-                        (GemmVariant::Wgmma { rows, matrix_blocks: span_rows.div_ceil(height) }, height)
+                        let matrix_blocks = span_rows.div_ceil(height);
+                        let whole = matrix.whole_matrix_vecs(segment);
+                        let matrix_vecs = whole.filter(|_| rows == WGMMA_CODE_ROWS);
+                        (GemmVariant::Wgmma { rows, matrix_blocks, matrix_vecs }, height)
                     }
                     Units::None | Units::Warps => (GemmVariant::Mma { rows }, mma_matrix_rows(rows)),
                 },
@@ -815,7 +849,9 @@ impl<'a> Lowering<'a> {
                     let tile_rows = by_row(lanes);
                     (GemmVariant::Rows { workgroup_size: GEMV_WORKGROUP, lanes, tile_rows, rows }, tile_rows as usize)
                 }
-                (Cut::Pairs | Cut::Quads | Cut::Octets | Cut::Tiles, _) => (GemmVariant::Tiled, TILE_COLS),
+                (Cut::Pairs | Cut::Quads | Cut::Octets | Cut::Tiles | Cut::FullTiles, _) => {
+                    (GemmVariant::Tiled, TILE_COLS)
+                }
             };
             let y = match (variant.tile_rows(), rows) {
                 (None, rows) => Extent::PerToken { items: self.rows_per_token(rows), per: 1, limit },
@@ -824,13 +860,14 @@ impl<'a> Lowering<'a> {
             };
             let grid = match (variant, tiles) {
                 // Blocks that stay.
-                (GemmVariant::Wgmma { rows, matrix_blocks: _ }, Units::Warpgroups { multiprocessors }) => {
-                    Grid { x: Extent::Fixed(multiprocessors * wgmma_blocks(rows)), y: Extent::Fixed(1) }
-                }
+                (
+                    GemmVariant::Wgmma { rows, matrix_blocks: _, matrix_vecs: _ },
+                    Units::Warpgroups { multiprocessors },
+                ) => Grid { x: Extent::Fixed(multiprocessors * wgmma_blocks(rows)), y: Extent::Fixed(1) },
                 _ => Grid { x: Extent::Fixed(span_rows.div_ceil(tile_cols)), y },
             };
             let operation = Operation::GroupedGemm(GroupedGemm { variant, ..kernel.clone() });
-            let mut buffers = vec![("rows", input.buffer), ("segment", codes), ("spans", spans), ("out", out)];
+            let mut buffers = vec![("rows", input.buffer), ("segment", packed), ("spans", spans), ("out", out)];
             buffers.extend(others);
             buffers.extend(input.scales.map(|scales| ("input_scales", scales)));
             let name = if placed.buffers.len() == 1 { name.to_string() } else { format!("{name}[{segment}]") };
