@@ -11,6 +11,7 @@ use crate::support::Scope;
 mod lower;
 mod pace;
 mod stage;
+pub mod tuning;
 
 pub use lower::lower;
 pub use pace::{Pace, Rates, Work};
@@ -96,6 +97,9 @@ pub enum Cuts {
     ByMeanRows,
     /// Each of [`Cut::ALL`] but the last in calls of up to so many tokens that none before it serves.
     UpTo([usize; 5]),
+    /// Each of [`Cut::ALL`] but the last up to so many sixteenths of a row of a matrix in the mean, `u32::MAX` for any:
+    /// what [`tuning::Tuning::cuts`] found.
+    UpToMeanRows([u32; 5]),
 }
 
 impl Cuts {

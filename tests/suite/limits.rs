@@ -2,10 +2,10 @@
 
 use moewe::schedule::{DeviceFacts, Schedule, Units, lower};
 use moewe::spec::*;
-use moewe::{Options, Scope};
+use moewe::{Cut, Cuts, Options, Scope};
 
 use crate::layers::check;
-use crate::rig::{AUTO, GEMV, RandomLayer, TILED, deepseek_like, gpu};
+use crate::rig::{AUTO, GEMV, RandomLayer, TILED, deepseek_like, gpu, with_units};
 
 /// DeepSeek-V3's routed layer in bf16: 256 experts of 3 * 2048 * 7168 weights.
 fn deepseek_v3() -> MoeSpec {
@@ -144,4 +144,23 @@ fn numbers_of_experts_that_are_no_power_of_two() {
             check(&layer, tokens, &options, &format!("{num_experts} experts, {tokens} tokens"));
         }
     }
+}
+
+#[test]
+fn tuned_bounds_cut_calls_where_they_say() {
+    let facts = with_units(Units::None);
+    let mut spec = deepseek_like();
+    (spec.num_experts, spec.top_k) = (16, 4);
+    spec.routing.method = RoutingMethod::TopK { score: Score::Sigmoid, key: SelectionKey::ScorePlusBias, groups: None };
+    let tokens = |cuts| {
+        let schedule = lower(&spec, Scope::Layer, 1000, &facts, &Options { cuts, ..AUTO }).unwrap();
+        schedule.buckets.iter().map(|bucket| bucket.max_tokens).collect::<Vec<_>>()
+    };
+    // Half a row, 2, 8 and 48 rows in the mean are what the library has found itself: 2, 8, 32 and 192 tokens.
+    let own = [8, 32, 128, 768, u32::MAX];
+    assert_eq!(tokens(Cuts::UpToMeanRows(own)), tokens(Cuts::ByMeanRows));
+    assert_eq!(tokens(Cuts::UpToMeanRows(own)), [2, 8, 32, 192, 1000]);
+    assert_eq!(tokens(Cuts::UpToMeanRows([0, 0, 40, 0, 0])), [10, 1000]);
+    assert_eq!(tokens(Cuts::UpToMeanRows([u32::MAX; 5])), tokens(Cuts::only(Cut::Gemv)));
+    assert_eq!(tokens(Cuts::UpToMeanRows([0; 5])), [1000]);
 }

@@ -12,6 +12,7 @@ mod doctor;
 mod inspect;
 mod run;
 mod sessions;
+mod tune;
 mod verify;
 
 /// What an invocation said.

@@ -8,22 +8,23 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 
 use moewe::conformance::synthetic;
+use moewe::schedule::tuning;
 use moewe::spec::BlockScale;
-use moewe::{Error, MoeSpec, Result};
+use moewe::{Error, MoeSpec, Options, Result};
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
 pub use cases::{NAMES, experts_of_a_token, layer};
-pub use device::{Bench, OnDevice};
+pub use device::{Bench, Layer, OnDevice};
 
 use crate::backends::{self, Choice, Constraints};
 use crate::json::{Status, number};
 use crate::metrics;
 use crate::progress::Bar;
 use crate::report::{complain, to_stdout, warn};
-use crate::{BenchOptions, Exit, svg};
+use crate::{BenchOptions, Exit, svg, tune};
 use cases::{expert_bytes, flops, stated_flops};
-use device::{Layer, Measured, Place, Row};
+use device::{Measured, Place, Row};
 
 /// Of a sampled row, relative to its norm. Both sides round the output to bf16, so they differ by half a step (2^-9)
 /// in the few values where f32 sums in another order fall on the other side of its middle: far less than 2^-9 in all.
@@ -134,7 +135,7 @@ struct Work {
 
 impl Session<'_> {
     fn case(&mut self, name: &str, spec: &MoeSpec) {
-        let mut expected = HashMap::new();
+        let mut expected = Places::new();
         let most = self.options.tokens.iter().copied().max().unwrap_or(1);
         for &fused in variants(spec) {
             let blank = |tokens: usize| Line {
@@ -159,7 +160,8 @@ impl Session<'_> {
             let ready = bench.as_ref().map_err(Clone::clone).and_then(|bench| {
                 let rate = self.read_rate.map_or_else(|| bench.read_rate(), Ok).map_err(|error| failed(&error))?;
                 self.read_rate = Some(rate);
-                Ok((rate, bench.layer(spec, most, fused).map_err(|error| failed(&error))?))
+                let options = self.planned(spec, fused).map_err(|error| failed(&error))?;
+                Ok((rate, bench.layer(spec, most, &options).map_err(|error| failed(&error))?))
             });
             for &tokens in &self.options.tokens {
                 self.at(&format!("{name}: {tokens} tokens"));
@@ -178,6 +180,19 @@ impl Session<'_> {
         }
     }
 
+    /// How a layer is planned: as a file of tuned choices says, if it knows the case here.
+    fn planned(&self, spec: &MoeSpec, fused: bool) -> Result<Options> {
+        let tuned = self.options.tuning.as_deref().map(|path| tune::cuts(path, self.choice, spec)).transpose()?;
+        if let (Some(None), true) = (&tuned, fused) {
+            warn(&[format!(
+                "tuning: nothing of this case on this adapter, planned as without it ({})",
+                tuning::problem(spec)
+            )]);
+        }
+        let cuts = tuned.flatten().unwrap_or(Options::AUTO.cuts);
+        Ok(Options { fuse_quantization: fused, cuts, ..Options::AUTO })
+    }
+
     fn at(&self, what: &str) {
         let [done, all] = self.lines;
         self.bar.at(what, done, all);
@@ -190,27 +205,12 @@ impl Session<'_> {
         layer: &dyn Layer,
         read_rate: f64,
         line: &mut Line<'_>,
-        expected: &mut HashMap<Place, Row>,
+        expected: &mut Places,
     ) -> Result<()> {
         let tokens = line.tokens;
-        // Enough that the experts of all inputs do not fit a cache together; large inputs choose nearly all of them.
-        let inputs = match tokens {
-            0..=16 => 8,
-            17..=64 => 4,
-            65..=256 => 2,
-            _ => 1,
-        };
-        let sampled = [(0, 0), (1.min(inputs - 1), tokens - 1)];
-        let unknown: Vec<Place> = sampled.into_iter().filter(|place| !expected.contains_key(place)).collect();
-        let rows: Vec<Row> = unknown.into_par_iter().map(|place| reference(spec, place)).collect::<Result<_>>()?;
-        expected.extend(rows.into_iter().map(|row| (row.place, row)));
-        let Measured { distinct, mut seconds, dispatches } = layer.measure(tokens, inputs, &sampled, &mut |rows| {
-            let verdict = judge(rows, expected, spec.hidden_size, line.tolerance);
-            (line.checked_rows, line.worst_error) = (rows.len(), Some(verdict.error));
-            line.reason = verdict.complaint;
-            line.reason.is_none()
-        })?;
-        seconds.sort_by(f64::total_cmp);
+        let Checked { measured, rows, error, complaint } = checked(spec, layer, tokens, expected)?;
+        (line.checked_rows, line.worst_error, line.reason) = (rows, Some(error), complaint);
+        let Measured { distinct, seconds, dispatches } = measured;
         let distinct = distinct.iter().sum::<usize>() as f64 / distinct.len().max(1) as f64;
         let (bytes, flops) = ((distinct * expert_bytes(spec) as f64).round(), flops(spec, tokens));
         let stated = stated_flops(self.choice.adapter.as_deref(), &spec.experts.activation_quant);
@@ -244,6 +244,52 @@ impl Session<'_> {
             complain(&format!("{}, {} tokens: {reason}", line.case, line.tokens));
         }
     }
+}
+
+/// Rows as they should be.
+pub type Places = HashMap<Place, Row>;
+
+/// What calls of one size came to.
+pub struct Checked {
+    /// Times, ascending; none if rows are wrong.
+    measured: Measured,
+    /// How many were compared.
+    rows: usize,
+    /// Of the worst.
+    error: f64,
+    /// What is wrong.
+    pub complaint: Option<String>,
+}
+
+impl Checked {
+    /// Of the times, in seconds.
+    pub fn median(&self) -> Option<f64> {
+        let seconds = &self.measured.seconds;
+        seconds.get(seconds.len() / 2).copied()
+    }
+}
+
+/// Compares sampled rows with the reference, and times calls of so many tokens if they are right.
+pub fn checked(spec: &MoeSpec, layer: &dyn Layer, tokens: usize, expected: &mut Places) -> Result<Checked> {
+    // Enough that the experts of all inputs do not fit a cache together; large inputs choose nearly all of them.
+    let inputs = match tokens {
+        0..=16 => 8,
+        17..=64 => 4,
+        65..=256 => 2,
+        _ => 1,
+    };
+    let sampled = [(0, 0), (1.min(inputs - 1), tokens - 1)];
+    let unknown: Vec<Place> = sampled.into_iter().filter(|place| !expected.contains_key(place)).collect();
+    let rows: Vec<Row> = unknown.into_par_iter().map(|place| reference(spec, place)).collect::<Result<_>>()?;
+    expected.extend(rows.into_iter().map(|row| (row.place, row)));
+    let (mut compared, mut verdict) = (0, Verdict { error: 0.0, complaint: None });
+    let mut measured = layer.measure(tokens, inputs, &sampled, &mut |rows| {
+        compared = rows.len();
+        verdict = judge(rows, expected, spec.hidden_size, tolerance(spec));
+        verdict.complaint.is_none()
+    })?;
+    measured.seconds.sort_by(f64::total_cmp);
+    Ok(Checked { measured, rows: compared, error: verdict.error, complaint: verdict.complaint })
 }
 
 /// The row as it should be.

@@ -45,6 +45,7 @@ mod run_plot;
 mod source;
 mod spec_text;
 mod svg;
+mod tune;
 mod verify;
 
 /// Runs Mixture-of-Experts layers on GPUs and CPU, and checks them against one plain reference.
@@ -92,6 +93,13 @@ enum Command {
     /// 2 usage, 3 none failed but some are unsupported.
     #[command(after_help = BENCH_EXAMPLE)]
     Bench(BenchOptions),
+    /// Measures which cut of the GEMMs is the fastest for calls of which size, and keeps it in a file.
+    ///
+    /// Each cut is checked, then timed, on the layers of `bench`; a bound between two cuts is given in rows of a matrix in
+    /// the mean. What the file says of a problem and an adapter, `bench --tuning` and programs (`Tuning::cuts`) plan by.
+    /// Exit status: 0 all measured, 1 a row is wrong or something failed, 2 usage, 3 unsupported.
+    #[command(after_help = TUNE_EXAMPLE)]
+    Tune(TuneOptions),
     /// Drops each field of the spec on purpose, and tells whether anybody notices.
     ///
     /// A backend has to match the reference on a witness of each field, or to refuse it by its name, and has to be
@@ -116,6 +124,9 @@ const RUN_EXAMPLES: &str = "Examples: a layer on the best GPU, and what dropping
   moewe run ~/models/DeepSeek-V3 --ablate routed_scaling_factor,e_score_correction_bias";
 const BENCH_EXAMPLE: &str = "Example: a tenth of the experts of Qwen3-30B-A3B's layer, as a small machine has room for:
   moewe bench --case qwen3_30b_bf16 --tokens 1,16 --backend wgpu --scale 0.1";
+
+const TUNE_EXAMPLE: &str = "Example:
+  moewe tune --case qwen3_30b_fp8 --backend cuda --output tuning.jsonl";
 
 /// Where the layer runs.
 #[derive(Args)]
@@ -263,12 +274,41 @@ struct BenchOptions {
     /// Share of a layer's experts to keep, above 0: at least two for each that a token chooses; widths stay.
     #[arg(long, value_name = "S", default_value = "1", value_parser = scale)]
     scale: f64,
+    /// Plan by what this file, of `moewe tune`, says of the case on this adapter; as without it where it says nothing.
+    #[arg(long, value_name = "FILE")]
+    tuning: Option<PathBuf>,
     /// Print one JSON object a line instead of a table.
     #[arg(long)]
     json: bool,
     /// Draw gaps over tokens, beside the best that other engines did on an H100.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct TuneOptions {
+    /// Which layers; all without it.
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',', default_values = bench::NAMES, hide_default_value = true,
+        value_parser = PossibleValuesParser::new(bench::NAMES))]
+    case: Vec<String>,
+    /// Sizes of the calls that are timed.
+    #[arg(long, value_name = "T,..", value_delimiter = ',', default_value = "1,4,16,64,256,1024,4096", value_parser = tokens)]
+    tokens: Vec<usize>,
+    /// What is timed. auto: a hardware adapter through wgpu, else cpu. wgpu: the best adapter, software included.
+    #[arg(long, value_enum, default_value = "auto")]
+    backend: BackendName,
+    /// Part of the name or driver of the adapter to take, whatever the case. With auto it means wgpu.
+    #[arg(long, value_name = "S")]
+    adapter: Option<String>,
+    /// Share of a layer's experts to keep, as for `bench`.
+    #[arg(long, value_name = "S", default_value = "1", value_parser = scale)]
+    scale: f64,
+    /// File to keep the bounds in: entries of other problems and adapters in it stay.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Print one JSON object a case instead of a table.
+    #[arg(long)]
+    json: bool,
 }
 
 fn scale(text: &str) -> Result<f64, String> {
@@ -356,6 +396,7 @@ fn main() -> ExitCode {
         Some(Command::Inspect(options)) => inspect::inspect(&options),
         Some(Command::Verify(options)) => verify::verify(&options),
         Some(Command::Bench(options)) => bench::bench(&options),
+        Some(Command::Tune(options)) => tune::tune(&options),
         Some(Command::Conformance(options)) => conformance::conformance(&options),
         Some(Command::Doctor(options)) => doctor::doctor(&options),
     };

@@ -659,7 +659,7 @@ impl<'a> Lowering<'a> {
                 }
             };
             let because = match (self.options.cuts, cut, self.units) {
-                (Cuts::UpTo(_), _, _) => "options.cuts says so",
+                (Cuts::UpTo(_) | Cuts::UpToMeanRows(_), _, _) => "options.cuts says so",
                 (Cuts::ByMeanRows, Cut::Gemv, _) => "in small calls few matrices have more than one row",
                 (Cuts::ByMeanRows, Cut::Pairs, Units::None) => "up to 2 rows of a matrix in the mean",
                 (Cuts::ByMeanRows, Cut::Quads, Units::None) => "up to 8 rows of a matrix in the mean",
@@ -719,9 +719,13 @@ impl<'a> Lowering<'a> {
                 (cut.most_mean_rows(self.units) * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64)
                     as usize
             }
-            Cuts::UpTo(tokens) => {
-                Cut::ALL.into_iter().zip(tokens).find(|(of, _)| *of == cut).map_or(usize::MAX, |(_, tokens)| tokens)
-            }
+            Cuts::UpTo(tokens) => of_cut(cut, tokens).unwrap_or(usize::MAX),
+            Cuts::UpToMeanRows(sixteenths) => match of_cut(cut, sixteenths) {
+                None | Some(u32::MAX) => usize::MAX,
+                Some(most) => {
+                    (f64::from(most) / 16.0 * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64) as usize
+                }
+            },
         };
         wanted.min(launchable)
     }
@@ -875,6 +879,11 @@ impl<'a> Lowering<'a> {
         }
         Ok(())
     }
+}
+
+/// What an option says of a cut; nothing of the last.
+fn of_cut<T>(cut: Cut, said: [T; 5]) -> Option<T> {
+    Cut::ALL.into_iter().zip(said).find(|(of, _)| *of == cut).map(|(_, said)| said)
 }
 
 /// Invocations that share a matrix row, at most `most`: so that few of them wait for the rest where `vecs` end.

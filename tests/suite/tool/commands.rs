@@ -17,6 +17,7 @@ fn commands() -> Vec<(&'static str, Vec<String>)> {
         ("inspect", owned(&[case, "--explain"])),
         ("verify", owned(&[case, "--backend", "cpu"])),
         ("bench", owned(&["--backend", "reference", "--case", "dsv3_fp8,qwen3_30b_bf16", "--tokens", "1"])),
+        ("tune", owned(&["--backend", "cpu", "--case", "qwen3_30b_bf16", "--scale", "0.001", "--tokens", "1"])),
         ("conformance", owned(&["--backend", "cpu"])),
     ]
 }

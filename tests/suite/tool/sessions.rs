@@ -8,8 +8,8 @@ const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/SESSIONS.md");
 const GAP: &str = "...";
 /// Of a longer output so many lines at its beginning and at its end are shown.
 const SHOWN: [usize; 2] = [70, 56];
-/// Commands that take a minute: run to write the document only.
-const SLOW: [&str; 2] = ["conformance", "doctor"];
+/// Commands that take a minute, or whose words are the machine's too: run to write the document only.
+const SLOW: [&str; 3] = ["conformance", "doctor", "tune"];
 
 /// A command and what the document has below it.
 struct Session {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use moewe::conformance::synthetic;
 use moewe::host::{self, Host};
 use moewe::schedule::Options;
-use moewe::{Bound, Io, MoeSpec, Plan, Result, Scratch, Tokens};
+use moewe::{Bound, Io, MoeSpec, Plan, Result, Schedule, Scratch, Tokens};
 use rayon::prelude::*;
 
 use crate::engine::Faults;
@@ -15,11 +15,13 @@ pub trait Bench {
     /// Bytes a second that it reads at best.
     fn read_rate(&self) -> Result<f64>;
     /// A layer of synthetic weights for up to `max_tokens` tokens.
-    fn layer<'a>(&'a self, spec: &'a MoeSpec, max_tokens: usize, fused: bool) -> Result<Box<dyn Layer + 'a>>;
+    fn layer<'a>(&'a self, spec: &'a MoeSpec, max_tokens: usize, options: &Options) -> Result<Box<dyn Layer + 'a>>;
 }
 
 /// A layer that is ready.
 pub trait Layer {
+    /// What it runs.
+    fn schedule(&self) -> &Schedule;
     /// Computes up to `inputs` inputs of `tokens` tokens, the first two at least, and times them if `accept` finds the `sampled` rows right.
     fn measure(
         &self,
@@ -82,9 +84,8 @@ impl<B: Host + Clone> Bench for OnDevice<'_, B> {
         }
     }
 
-    fn layer<'a>(&'a self, spec: &'a MoeSpec, max_tokens: usize, fused: bool) -> Result<Box<dyn Layer + 'a>> {
-        let options = Options { fuse_quantization: fused, ..Options::AUTO };
-        let plan = self.check(synthetic::plan(self.backend.clone(), spec, max_tokens, &options))?;
+    fn layer<'a>(&'a self, spec: &'a MoeSpec, max_tokens: usize, options: &Options) -> Result<Box<dyn Layer + 'a>> {
+        let plan = self.check(synthetic::plan(self.backend.clone(), spec, max_tokens, options))?;
         let scratch = self.check(Scratch::new(self.backend, &plan.scratch_layout()))?;
         Ok(Box::new(Planned { on: self, spec, plan, scratch }))
     }
@@ -98,6 +99,10 @@ struct Planned<'a, B: Host> {
 }
 
 impl<B: Host + Clone> Layer for Planned<'_, B> {
+    fn schedule(&self) -> &Schedule {
+        self.plan.schedule()
+    }
+
     fn measure(
         &self,
         tokens: usize,
