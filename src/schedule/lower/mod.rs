@@ -78,7 +78,12 @@ pub fn lower(
         let most = (facts.matrix_units, true);
         let mut lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, most);
         lowering.draft()?;
-        let fitting = (lowering.fitting_units(), lowering.routed().all(|gemm| lowering.is_whole(gemm)));
+        let fitting = match lowering.fitting_units() {
+            units @ Units::Warpgroups { multiprocessors: _ } => {
+                (units, lowering.routed().all(|gemm| lowering.is_whole(gemm)))
+            }
+            units @ (Units::None | Units::Warps) => (units, true),
+        };
         if most != fitting {
             // Tiles of the other kernels' own sizes.
             lowering = Lowering::new(spec, scope, max_tokens, chunk_tokens, facts, options, fitting);
@@ -211,7 +216,7 @@ struct Lowering<'a> {
     options: &'a Options,
     /// Whose tiles those of the routed experts are.
     units: Units,
-    /// Whether all matrices of the routed experts are whole in their segments, so that boxes of them can be copied.
+    /// Whether all matrices of the routed experts are whole in their segments, where boxes of them may be copied.
     whole: bool,
     schedule: Schedule,
     params: usize,
@@ -529,7 +534,7 @@ impl<'a> Lowering<'a> {
         codes && self.whole && matches!(self.units, Units::Warpgroups { multiprocessors: _ })
     }
 
-    /// Most rows of a tile of codes, or of other rows, whose matrices are whole.
+    /// Most rows of a tile; `codes` where it has codes and meets matrices that are whole.
     pub(super) fn tile_rows(&self, cut: Cut, units: Units, codes: bool) -> usize {
         match (cut, units) {
             (Cut::FullTiles, Units::Warpgroups { multiprocessors: _ }) if codes => WGMMA_CODE_ROWS,
