@@ -149,20 +149,8 @@ impl Operation {
 
     /// From which of its buffers its kernel has boxes copied, in the order in which it takes their maps.
     pub fn boxes(&self) -> ArrayVec<Boxes, MAX_BOXES> {
-        match self {
-            Self::GroupedGemm(kernel) => kernel.boxes(),
-            Self::Norm(_)
-            | Self::TopkRouting(_)
-            | Self::Assign(_)
-            | Self::Permute(_)
-            | Self::Activate(_)
-            | Self::Quantize(_)
-            | Self::Amax(_)
-            | Self::Diagnose(_)
-            | Self::Combine(_)
-            | Self::Synthesize(_)
-            | Self::Stream(_) => ArrayVec::new(),
-        }
+        let Self::GroupedGemm(kernel) = self else { return ArrayVec::new() };
+        kernel.boxes()
     }
 
     /// Bytes of workgroup memory, for kernels whose need grows with the spec.

@@ -2,6 +2,8 @@
 //!
 //! Pure: it alone picks kernels, variants and tiles, and it alone refuses. Printable with `{:#?}`.
 
+use std::borrow::Cow;
+
 use crate::kernels::grouped_gemm::TILE_ROWS;
 use crate::kernels::pack::PackedMatrix;
 use crate::kernels::quantize::QUANTIZE_WARPS;
@@ -140,6 +142,18 @@ impl Cut {
     /// Every one, from few rows to many.
     pub const ALL: [Self; 6] = [Self::Gemv, Self::Pairs, Self::Quads, Self::Octets, Self::Tiles, Self::FullTiles];
 
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gemv => "gemv",
+            Self::Pairs => "pairs",
+            Self::Quads => "quads",
+            Self::Octets => "octets",
+            Self::Tiles => "tiles",
+            Self::FullTiles => "full tiles",
+        }
+    }
+
     /// Rows of a matrix, in the mean over all matrices, up to which it is chosen: beyond, what its tiles leave out
     /// costs more than what larger ones would compute for nothing. Measured on an H100 (benches/NOTES.md).
     pub fn most_mean_rows(self, units: Units) -> f64 {
@@ -237,14 +251,14 @@ pub const EXPERT_MISSES: &str = "expert_misses";
 pub(crate) const LOAD_SLOT: usize = 10;
 
 /// A choice between ways that mean the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
     /// The step that it is about.
     pub step: &'static str,
     /// What was chosen.
     pub choice: &'static str,
     /// The condition that decided.
-    pub because: &'static str,
+    pub because: Cow<'static, str>,
 }
 
 /// One buffer of a schedule.

@@ -45,9 +45,6 @@ pub fn problem(spec: &MoeSpec) -> String {
     )
 }
 
-/// Names of the cuts in a file, those of [`Cut::ALL`] but the last.
-const NAMES: [&str; 5] = ["gemv", "pairs", "quads", "octets", "tiles"];
-
 impl Tuning {
     /// Reads a file's text.
     ///
@@ -93,7 +90,7 @@ impl Tuned {
         // What is chosen without bound has none.
         let rows = |sixteenths: u32| (sixteenths < u32::MAX).then(|| f64::from(sixteenths) / 16.0);
         let up_to: serde_json::Map<String, Value> =
-            NAMES.iter().zip(sixteenths).map(|(name, &most)| ((*name).into(), json!(rows(most)))).collect();
+            Cut::ALL.iter().zip(sixteenths).map(|(cut, &most)| (cut.name().into(), json!(rows(most)))).collect();
         json!({
             "format": FORMAT,
             "backend": backend,
@@ -114,7 +111,7 @@ impl Tuned {
             return Err(format!("the format {format:?}"));
         }
         let up_to = value.get("up_to_mean_rows").ok_or("no \"up_to_mean_rows\"")?;
-        let sixteenths = |name: &str| match up_to.get(name) {
+        let bound = |name: &str| match up_to.get(name) {
             Some(Value::Null) => Ok(u32::MAX),
             Some(rows) => match rows.as_f64() {
                 // Below 2^27 rows sixteenths are exact.
@@ -123,19 +120,11 @@ impl Tuned {
             },
             None => Err(format!("no {name:?}")),
         };
-        let [gemv, pairs, quads, octets, tiles] = NAMES;
-        Ok(Self {
-            backend: text("backend")?,
-            adapter: text("adapter")?,
-            problem: text("problem")?,
-            sixteenths: [
-                sixteenths(gemv)?,
-                sixteenths(pairs)?,
-                sixteenths(quads)?,
-                sixteenths(octets)?,
-                sixteenths(tiles)?,
-            ],
-        })
+        let mut sixteenths = [0; 5];
+        for (most, cut) in sixteenths.iter_mut().zip(Cut::ALL) {
+            *most = bound(cut.name())?;
+        }
+        Ok(Self { backend: text("backend")?, adapter: text("adapter")?, problem: text("problem")?, sixteenths })
     }
 }
 

@@ -77,7 +77,7 @@ fn calls(bench: &dyn Bench, name: &str, spec: &MoeSpec, sizes: &[usize], bar: &B
     let all = (Cut::ALL.len() * sizes.len()) as u64;
     let mut done = 0;
     for (at, cut) in Cut::ALL.into_iter().enumerate().rev() {
-        bar.at(&format!("{name}: weights for {}", word(cut)), done, all);
+        bar.at(&format!("{name}: weights for {}", cut.name()), done, all);
         let layer = bench.layer(spec, most, &Options { cuts: Cuts::only(cut), ..Options::AUTO })?;
         let Some(bucket) = layer.schedule().buckets.first() else { continue };
         // The same kernels as those of the cut before, whose times they have.
@@ -91,7 +91,7 @@ fn calls(bench: &dyn Bench, name: &str, spec: &MoeSpec, sizes: &[usize], bar: &B
         }
         let (served, chunk) = (bucket.max_tokens, layer.schedule().chunk_tokens);
         for (call, &tokens) in calls.iter_mut().zip(sizes) {
-            bar.at(&format!("{name}: {tokens} tokens, {}", word(cut)), done, all);
+            bar.at(&format!("{name}: {tokens} tokens, {}", cut.name()), done, all);
             done += 1;
             // Larger calls are left to another cut.
             if tokens.min(chunk) > served {
@@ -101,7 +101,7 @@ fn calls(bench: &dyn Bench, name: &str, spec: &MoeSpec, sizes: &[usize], bar: &B
             if let Some(complaint) = found.complaint {
                 return Err(Error::invalid(
                     "rows",
-                    format!("{name}, {tokens} tokens, {}: {complaint}", word(cut)),
+                    format!("{name}, {tokens} tokens, {}: {complaint}", cut.name()),
                     "those of the reference",
                     "see what `moewe doctor` says of this device",
                 ));
@@ -117,22 +117,11 @@ fn calls(bench: &dyn Bench, name: &str, spec: &MoeSpec, sizes: &[usize], bar: &B
     Ok(calls)
 }
 
-fn word(cut: Cut) -> &'static str {
-    match cut {
-        Cut::Gemv => "gemv",
-        Cut::Pairs => "pairs",
-        Cut::Quads => "quads",
-        Cut::Octets => "octets",
-        Cut::Tiles => "tiles",
-        Cut::FullTiles => "full tiles",
-    }
-}
-
 fn text(choice: &Choice, name: &str, sizes: &[usize], calls: &[Timed], sixteenths: [u32; 5]) -> String {
     let mut text = format!("{name} on {}, us\n", choice.adapter.as_deref().unwrap_or(choice.backend));
     let _ = write!(text, "{:>7} {:>9}", "tokens", "mean rows");
     for cut in Cut::ALL {
-        let _ = write!(text, " {:>10}", word(cut));
+        let _ = write!(text, " {:>10}", cut.name());
     }
     for (tokens, call) in sizes.iter().zip(calls) {
         let _ = write!(text, "\n{tokens:>7} {:>9.2}", call.mean_rows);
@@ -159,7 +148,7 @@ fn report(
 ) -> serde_json::Value {
     let times = |call: &Timed| -> serde_json::Map<String, serde_json::Value> {
         let micros = |seconds: Option<f64>| json!(seconds.map(|seconds| number(1e6 * seconds)));
-        Cut::ALL.iter().zip(call.seconds).map(|(&cut, seconds)| (word(cut).into(), micros(seconds))).collect()
+        Cut::ALL.iter().zip(call.seconds).map(|(&cut, seconds)| (cut.name().into(), micros(seconds))).collect()
     };
     let calls: Vec<_> = sizes
         .iter()

@@ -8,6 +8,8 @@
 mod layer;
 mod routing;
 
+use std::borrow::Cow;
+
 use super::{
     Bucket, Buffer, Contents, Cut, Cuts, DIAGNOSTICS, Decision, DeviceFacts, EXPERT_MISSES, Extent, Gemms, Grid,
     LOAD_SLOT, Options, Pace, Part, Schedule, Step, Table, Units, quantize_by,
@@ -489,8 +491,8 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
-    fn decide(&mut self, step: &'static str, choice: &'static str, because: &'static str) {
-        self.schedule.decisions.push(Decision { step, choice, because });
+    fn decide(&mut self, step: &'static str, choice: &'static str, because: impl Into<Cow<'static, str>>) {
+        self.schedule.decisions.push(Decision { step, choice, because: because.into() });
     }
 
     /// A step whose bindings find their buffers by name.
@@ -663,26 +665,15 @@ impl<'a> Lowering<'a> {
                     "up to 160 rows at a time on matrix units of warpgroups"
                 }
             };
-            let because = match (self.options.cuts, cut, self.units) {
-                (Cuts::UpTo(_) | Cuts::UpToMeanRows(_), _, _) => "options.cuts says so",
-                (Cuts::ByMeanRows, Cut::Gemv, _) => "in small calls few matrices have more than one row",
-                (Cuts::ByMeanRows, Cut::Pairs, Units::None) => "up to 2 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Quads, Units::None) => "up to 8 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Octets, Units::None) => "up to 48 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Pairs, Units::Warps) => "up to 5 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Quads, Units::Warps) => "up to 18 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Octets, Units::Warps) => "up to 28 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Pairs, Units::Warpgroups { multiprocessors: _ }) => {
-                    "up to 6 rows of a matrix in the mean"
+            let up_to = || format!("up to {} rows of a matrix in the mean", cut.most_mean_rows(self.units));
+            let because: Cow<'static, str> = match (self.options.cuts, cut) {
+                (Cuts::UpTo(_) | Cuts::UpToMeanRows(_), _) => "options.cuts says so".into(),
+                (Cuts::ByMeanRows, Cut::Gemv) => "in small calls few matrices have more than one row".into(),
+                (Cuts::ByMeanRows, Cut::Pairs | Cut::Quads | Cut::Octets) => up_to().into(),
+                (Cuts::ByMeanRows, Cut::Tiles) if self.fills_tiles() => up_to().into(),
+                (Cuts::ByMeanRows, Cut::Tiles | Cut::FullTiles) => {
+                    "in large calls the rows of a matrix fill them".into()
                 }
-                (Cuts::ByMeanRows, Cut::Quads, Units::Warpgroups { multiprocessors: _ }) => {
-                    "up to 16 rows of a matrix in the mean"
-                }
-                (Cuts::ByMeanRows, Cut::Octets, Units::Warpgroups { multiprocessors: _ }) => {
-                    "up to 40 rows of a matrix in the mean"
-                }
-                (Cuts::ByMeanRows, Cut::Tiles, _) if self.fills_tiles() => "up to 176 rows of a matrix in the mean",
-                (Cuts::ByMeanRows, Cut::Tiles | Cut::FullTiles, _) => "in large calls the rows of a matrix fill them",
             };
             self.decide("grouped_gemm", choice, because);
             let mut steps = vec![];
@@ -717,19 +708,15 @@ impl<'a> Lowering<'a> {
             // Chunks are cut for these.
             Cut::Tiles | Cut::FullTiles => usize::MAX,
         };
+        let of_mean = |rows: f64| (rows * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64) as usize;
         let wanted = match self.options.cuts {
             Cuts::ByMeanRows if self.units != Units::None && cut == Cut::Gemv => UNITS_GEMV_TOKENS,
             Cuts::ByMeanRows if cut == Cut::Tiles && !self.fills_tiles() => usize::MAX,
-            Cuts::ByMeanRows => {
-                (cut.most_mean_rows(self.units) * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64)
-                    as usize
-            }
+            Cuts::ByMeanRows => of_mean(cut.most_mean_rows(self.units)),
             Cuts::UpTo(tokens) => of_cut(cut, tokens).unwrap_or(usize::MAX),
             Cuts::UpToMeanRows(sixteenths) => match of_cut(cut, sixteenths) {
                 None | Some(u32::MAX) => usize::MAX,
-                Some(most) => {
-                    (f64::from(most) / 16.0 * self.spec.num_slots() as f64 / self.spec.rows_per_token() as f64) as usize
-                }
+                Some(most) => of_mean(f64::from(most) / 16.0),
             },
         };
         wanted.min(launchable)
